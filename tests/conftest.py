@@ -1,0 +1,38 @@
+"""Strict JAX on the CPU for every test; what cannot run here is skipped with the reason.
+
+Set JAX_PLATFORMS to run the tests marked `tpu` or `gpu` on a device.
+"""
+
+import importlib.util
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# libtpu locks the machine for one process; a compile needs no such lock.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+COMPILERS = ("libtpu", "jax_cuda13_plugin")
+
+
+def _missing_compilers() -> list[str]:
+    return [name for name in COMPILERS if importlib.util.find_spec(name) is None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what no compiler or device here can run."""
+    platform = jax.default_backend()
+    missing = _missing_compilers()
+    reasons = {
+        "tpu": platform != "tpu" and f"needs a TPU, and this is {platform}",
+        "gpu": platform != "gpu" and f"needs an NVIDIA GPU, and this is {platform}",
+        "aot": missing and f"needs `pip install -e '.[aot]'`: no {' and no '.join(missing)}",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
