@@ -1,7 +1,7 @@
 """What the answer is: dense float64 attention and one-token-at-a-time appends, in NumPy.
 
-Every function reads like its definition and none is fast.  Nothing here comes from the package, so a
-formula that is wrong there cannot be wrong here in the same way.
+Every function reads like its definition and none is fast.  Nothing here comes from the package, so
+a formula that is wrong there cannot be wrong here in the same way.
 
 A ragged batch is packed: the query tokens of sequence `b` are rows `query_start_loc[b]` up to
 `query_start_loc[b + 1]`, and its keys and values are entry `b` of two lists of
@@ -26,7 +26,7 @@ def attention(
     alibi_slopes=None,
     sinks=None,
 ):
-    """Returns `out` (num_tokens, num_query_heads, head_dim) and `lse` (num_tokens, num_query_heads).
+    """Returns `out`, of the shape of `query`, and `lse` (num_tokens, num_query_heads).
 
     Tokens past `query_start_loc[-1]` and tokens that see no key have `out` 0 and `lse` -inf.
     """

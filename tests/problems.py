@@ -2,8 +2,8 @@
 
 `random_problem(seed, **constraints)` draws a problem.  What a compiled program depends on (shapes,
 dtypes, static options) is a `Form`, and only `NUM_FORMS` forms occur: seeds that are equal modulo
-`NUM_FORMS` share one, so that a jitted function compiles once for all of them.  Lengths, values, the
-split of tokens over sequences and the order of blocks differ with every seed.
+`NUM_FORMS` share one, so that a jitted function compiles once for all of them.  Lengths, values,
+the split of tokens over sequences and the order of blocks differ with every seed.
 
 A constraint fixes an axis of `AXES`, or narrows it when it is a tuple in a list:
 
@@ -26,7 +26,7 @@ import paged_kv
 NUM_FORMS = 36
 
 AXES = {
-    # decode: query_start_loc=None; the others are packed, and differ in how many tokens a sequence has
+    # decode has query_start_loc=None; the others are packed, and differ in the tokens per sequence
     "kind": ["decode", "packed_decode", "speculative", "chunked_prefill", "whole_prefill", "mixed"],
     "group": [1, 2, 3, 4, 5, 7, 8],
     "num_kv_heads": [1, 2, 3],
@@ -49,7 +49,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """All that a compiled program depends on; `num_tokens` counts padding and is `batch` at decode."""
+    """What a compiled program depends on; `num_tokens` counts padding, and is `batch` at decode."""
 
     kind: str
     group: int

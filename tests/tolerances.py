@@ -33,8 +33,8 @@ TOLERANCES = {
     "kernel bfloat16": Tolerance(
         2e-2,
         2.0**-8,
-        "query and weights are rounded to 8 bits before their products: 5 sigma of 2**-9 per score, "
-        "and 2**-9 of the weighted values",
+        "query and weights are rounded to 8 bits before their products: 5 sigma of 2**-9 per "
+        "score, and 2**-9 of the weighted values",
     ),
     "kernel float16": Tolerance(2.5e-3, 2.0**-11, "as bfloat16 with 11 bits: eight times tighter"),
     "kernel lse": Tolerance(
