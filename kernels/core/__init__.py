@@ -1,0 +1,1 @@
+"""Backend-neutral parts that every kernel traces; nothing here imports Pallas."""

@@ -1,0 +1,78 @@
+"""Where things are: the position of a packed token, the block and offset of a position.
+
+Everything is integer arithmetic on small arrays, traced by XLA around the kernels.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Tokens(NamedTuple):
+    """Packed tokens, int32 (num_tokens,) each; a padding token has a negative position."""
+
+    sequence: Array  # row of the table, in range for padding tokens too
+    index: Array  # within the sequence's tokens of this step
+    position: Array  # within the sequence
+
+    @property
+    def is_real(self) -> Array:
+        return self.position >= 0
+
+
+class Slots(NamedTuple):
+    """Cache slots, int32 each; where `is_valid` is false, block is `num_blocks`."""
+
+    block: Array
+    offset: Array
+    is_valid: Array
+
+
+def one_token_each(batch: int) -> Array:
+    """The query_start_loc of a step in which every sequence has one token."""
+    return jnp.arange(batch + 1, dtype=jnp.int32)
+
+
+def locate_tokens(query_start_loc: Array, seq_lengths: Array, num_tokens: int) -> Tokens:
+    """Sequence and position of each packed token; query tokens are a sequence's last ones."""
+    batch = seq_lengths.shape[0]
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence = jnp.searchsorted(
+        query_start_loc[1:], token, side="right", method="compare_all"
+    ).astype(jnp.int32)
+    is_real = sequence < batch
+    sequence = jnp.minimum(sequence, batch - 1)
+    index = token - query_start_loc[sequence]
+    position = seq_lengths[sequence] - query_start_loc[sequence + 1] + token
+    return Tokens(sequence, index, jnp.where(is_real, position, -1))
+
+
+def locate_slots(
+    block_table: Array, sequence: Array, position: Array, *, block_size: int, num_blocks: int
+) -> Slots:
+    """Slot of each (sequence, position); never the last block for an entry of -1."""
+    max_blocks = block_table.shape[1]
+    index = position // block_size
+    is_inside = (position >= 0) & (index < max_blocks)
+    block = block_table[sequence, jnp.where(is_inside, index, 0)]
+    is_valid = is_inside & (block >= 0) & (block < num_blocks)
+    return Slots(jnp.where(is_valid, block, num_blocks), position % block_size, is_valid)
+
+
+def entries_are_valid(
+    block_table: Array, start: Array, stop: Array, *, block_size: int, num_blocks: int
+) -> Array:
+    """bool (batch,): every table entry that covers keys [start, stop) names a block of the pool."""
+    index = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :]
+    first, last = start // block_size, (stop - 1) // block_size
+    is_used = (index >= first[:, None]) & (index <= last[:, None]) & (stop > start)[:, None]
+    is_inside = (block_table >= 0) & (block_table < num_blocks)
+    fits = stop <= block_table.shape[1] * block_size
+    return jnp.all(is_inside | ~is_used, axis=1) & fits
+
+
+def as_layers(pool: Array) -> Array:
+    """A pool with a leading layer axis, added if it has none; a bitcast."""
+    return pool if pool.ndim == 5 else jax.lax.expand_dims(pool, [0])

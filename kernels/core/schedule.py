@@ -1,0 +1,162 @@
+"""Work lists: which tile of query tokens meets which keys.
+
+`Schedule` holds what depends on lengths and table only; it is made once per step and shared by
+all layers.  `tile_queries` cuts packed queries into tiles of whole tokens of one sequence each, the
+unit both backends loop over, and `untile` puts results back.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from . import layout
+from .problem import CacheShape
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The facts a schedule depends on; a call with others must not use it."""
+
+    batch: int
+    max_blocks_per_seq: int
+    num_blocks: int
+    block_size: int
+    num_query_heads: int
+    is_packed: bool
+    is_causal: bool
+    window: tuple[int, int] | None
+
+    @classmethod
+    def of(
+        cls, cache: CacheShape, *, num_query_heads: int, is_packed: bool, variant: Variant
+    ) -> "MadeFor":
+        return cls(
+            cache.batch,
+            cache.max_blocks_per_seq,
+            cache.num_blocks,
+            cache.block_size,
+            num_query_heads,
+            is_packed,
+            variant.is_causal,
+            variant.window,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What a step's attention calls share; made by `make_schedule`, valid for one state of a cache.
+
+    Attributes:
+      seq_lengths: int32 (batch,), tokens to attend over: 0 where a used table entry is outside
+        the pool.
+      query_start_loc: int32 (batch + 1,), prefix sums of query tokens.
+      made_for: the facts it was made for.
+    """
+
+    seq_lengths: Array
+    query_start_loc: Array
+    made_for: MadeFor = field(metadata={"static": True})
+
+
+def make(
+    made_for: MadeFor, block_table: Array, seq_lengths: Array, query_start_loc: Array | None
+) -> Schedule:
+    """The schedule of one step."""
+    starts = layout.one_token_each(made_for.batch) if query_start_loc is None else query_start_loc
+    variant = Variant(1.0, made_for.is_causal, made_for.window)
+    first = seq_lengths - (starts[1:] - starts[:-1])
+    used = variant.kv_range(first, seq_lengths - 1, seq_lengths)
+    is_valid = layout.entries_are_valid(
+        block_table, *used, block_size=made_for.block_size, num_blocks=made_for.num_blocks
+    )
+    return Schedule(jnp.where(is_valid, seq_lengths, 0), starts, made_for)
+
+
+class QueryTiles(NamedTuple):
+    """Tiles of whole query tokens of one sequence, int32 (num_tiles,) each."""
+
+    sequence: Array  # row of the table
+    first_token: Array  # packed index of the tile's first token
+    num_tokens: Array  # 0: nothing to do
+    first_position: Array  # position of the first token; may be negative
+    seq_length: Array
+    kv_start: Array  # keys [kv_start, kv_stop) are seen by some token of the tile
+    kv_stop: Array
+
+
+def num_query_tiles(num_tokens: int, batch: int, tile_tokens: int, is_packed: bool) -> int:
+    """Tiles that always suffice: each sequence may leave its last one partly empty."""
+    if not is_packed:
+        return batch
+    return min(num_tokens, num_tokens // tile_tokens + batch)
+
+
+def tile_queries(
+    schedule: Schedule, variant: Variant, *, num_tokens: int, tile_tokens: int
+) -> QueryTiles:
+    """The work list of one call, tiles of a sequence in order, unused tiles last."""
+    starts, lengths = schedule.query_start_loc, schedule.seq_lengths
+    batch = lengths.shape[0]
+    is_packed = schedule.made_for.is_packed
+    num_tiles = num_query_tiles(num_tokens, batch, tile_tokens, is_packed)
+    counts = starts[1:] - starts[:-1]
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    if is_packed:
+        ends = _tile_ends(counts, tile_tokens)
+        sequence = jnp.searchsorted(ends, tile, side="right", method="compare_all")
+        sequence = sequence.astype(jnp.int32)
+        is_used = sequence < batch
+        sequence = jnp.minimum(sequence, batch - 1)
+        before = jnp.where(sequence > 0, ends[sequence - 1], 0)
+        index = (tile - before) * tile_tokens
+        count = jnp.where(is_used, jnp.clip(counts[sequence] - index, 0, tile_tokens), 0)
+    else:
+        sequence, index, count = tile, jnp.zeros_like(tile), jnp.ones_like(tile)
+    length = lengths[sequence]
+    first_position = length - counts[sequence] + index
+    start, stop = variant.kv_range(first_position, first_position + count - 1, length)
+    return QueryTiles(
+        sequence, starts[sequence] + index, count, first_position, length, start, stop
+    )
+
+
+def gather_tiles(query: Array, tiles: QueryTiles, tile_tokens: int, is_packed: bool) -> Array:
+    """(num_tokens, ...) to (num_tiles, tile_tokens, ...); rows past a tile's tokens are 0."""
+    if not is_packed:
+        return query[:, None]
+    within = jnp.arange(tile_tokens, dtype=jnp.int32)
+    token = tiles.first_token[:, None] + within[None, :]
+    is_real = within[None, :] < tiles.num_tokens[:, None]
+    rows = query[jnp.minimum(token, query.shape[0] - 1)]
+    is_real = jax.lax.broadcast_in_dim(is_real, rows.shape, (0, 1))
+    return jnp.where(is_real, rows, jnp.zeros_like(rows))
+
+
+def untile(schedule: Schedule, out: Array, lse: Array, *, num_tokens: int) -> tuple[Array, Array]:
+    """Packed results of tiles: (num_tiles, tile_tokens, ...) to (num_tokens, ...).
+
+    Padding tokens get 0 and -inf.
+    """
+    if not schedule.made_for.is_packed:
+        return out[:, 0], lse[:, 0]
+    starts, tile_tokens = schedule.query_start_loc, out.shape[1]
+    ends = _tile_ends(starts[1:] - starts[:-1], tile_tokens)
+    token = layout.locate_tokens(starts, schedule.seq_lengths, num_tokens)
+    before = jnp.where(token.sequence > 0, ends[token.sequence - 1], 0)
+    tile = jnp.clip(before + token.index // tile_tokens, 0, out.shape[0] - 1)
+    row = token.index % tile_tokens
+    is_real = token.is_real[:, None]
+    out, lse = out[tile, row], lse[tile, row]
+    return jnp.where(is_real[..., None], out, jnp.zeros_like(out)), jnp.where(
+        is_real, lse, -jnp.inf
+    )
+
+
+def _tile_ends(counts: Array, tile_tokens: int) -> Array:
+    """int32 (batch,): tiles of this sequence and all before it."""
+    return jnp.cumsum((counts + (tile_tokens - 1)) // tile_tokens, dtype=jnp.int32)

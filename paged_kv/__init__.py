@@ -1,0 +1,1 @@
+"""A paged KV cache and fused paged attention for JAX."""
