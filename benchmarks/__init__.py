@@ -1,0 +1,1 @@
+"""Named cases, correct before they are timed: `python -m benchmarks --list`."""
