@@ -1,0 +1,117 @@
+"""Positions, slots and table entries against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_kv.kernels.core import layout
+
+BATCH, MAX_BLOCKS, BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 3, 4, 5, 9, 12
+
+lengths = st.lists(st.integers(0, MAX_BLOCKS * BLOCK_SIZE + 3), min_size=BATCH, max_size=BATCH)
+counts = st.lists(st.integers(0, 4), min_size=BATCH, max_size=BATCH)
+entries = st.integers(0, NUM_BLOCKS - 1) | st.sampled_from([-1, -7, NUM_BLOCKS, 2**30, -(2**31)])
+tables = st.lists(
+    st.lists(entries, min_size=MAX_BLOCKS, max_size=MAX_BLOCKS), min_size=BATCH, max_size=BATCH
+)
+
+locate_tokens = jax.jit(layout.locate_tokens, static_argnums=2)
+locate_slots = jax.jit(layout.locate_slots, static_argnames=("block_size", "num_blocks"))
+entries_are_valid = jax.jit(layout.entries_are_valid, static_argnames=("block_size", "num_blocks"))
+
+
+def int32(values):
+    return np.asarray(values, np.int32)
+
+
+def starts_of(query_lengths):
+    return int32([0, *np.cumsum(query_lengths)])
+
+
+@settings(deadline=None)
+@given(counts, lengths)
+def test_query_tokens_are_the_last_ones_of_their_sequence(query_lengths, seq_lengths):
+    tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
+    expected = [
+        (b, i, length - count + i)
+        for b, (length, count) in enumerate(zip(seq_lengths, query_lengths, strict=True))
+        for i in range(count)
+    ]
+    located = list(zip(*map(np.ndarray.tolist, map(np.asarray, tokens)), strict=True))
+    assert located[: len(expected)] == expected
+
+
+@settings(deadline=None)
+@given(counts, lengths)
+def test_padding_tokens_have_no_position_and_a_safe_sequence(query_lengths, seq_lengths):
+    tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
+    padding = slice(sum(query_lengths), None)
+    assert not np.asarray(tokens.is_real)[padding].any()
+    assert ((np.asarray(tokens.sequence) >= 0) & (np.asarray(tokens.sequence) < BATCH)).all()
+
+
+@settings(deadline=None)
+@given(tables, counts, lengths)
+def test_slots_are_those_of_the_oracle(table, query_lengths, seq_lengths):
+    starts = starts_of(query_lengths)
+    tokens = locate_tokens(starts, int32(seq_lengths), NUM_TOKENS)
+    slots = locate_slots(
+        int32(table),
+        tokens.sequence,
+        tokens.position,
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+    )
+    expected = oracle.slots(
+        int32(table), int32(seq_lengths), BLOCK_SIZE, NUM_BLOCKS, starts, NUM_TOKENS
+    )
+    np.testing.assert_array_equal(slots.is_valid, expected >= 0)
+    flat = np.asarray(slots.block) * BLOCK_SIZE + np.asarray(slots.offset)
+    np.testing.assert_array_equal(flat[expected >= 0], expected[expected >= 0])
+
+
+@settings(deadline=None)
+@given(tables, counts, lengths)
+def test_an_invalid_slot_lies_past_the_pool(table, query_lengths, seq_lengths):
+    """So that a write there can be dropped; as an index, -1 would be the last block."""
+    tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
+    slots = locate_slots(
+        int32(table),
+        tokens.sequence,
+        tokens.position,
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+    )
+    assert (np.asarray(slots.block)[~np.asarray(slots.is_valid)] == NUM_BLOCKS).all()
+
+
+ranges = st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted)
+
+
+@settings(deadline=None)
+@given(tables, st.lists(ranges, min_size=BATCH, max_size=BATCH))
+def test_entries_are_valid_when_every_key_of_the_range_lies_in_the_pool(table, ranges):
+    start, stop = int32(ranges).T
+    valid = entries_are_valid(
+        int32(table), start, stop, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS
+    )
+    columns = [{key // BLOCK_SIZE for key in range(*pair)} for pair in ranges]
+    expected = [
+        all(c < MAX_BLOCKS and 0 <= row[c] < NUM_BLOCKS for c in used)
+        for row, used in zip(table, columns, strict=True)
+    ]
+    np.testing.assert_array_equal(valid, expected)
+
+
+def test_one_token_each_counts_up():
+    np.testing.assert_array_equal(layout.one_token_each(3), [0, 1, 2, 3])
+
+
+def test_as_layers_adds_a_layer_axis_only_where_there_is_none():
+    pool = jnp.zeros((2, 4, 1, 8))
+    assert layout.as_layers(pool).shape == (1, 2, 4, 1, 8)
+    stack = jnp.zeros((3, 2, 4, 1, 8))
+    assert layout.as_layers(stack) is stack
