@@ -1,0 +1,55 @@
+"""The reader of HLO finds what it is there to find."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hlo import assert_updated_in_place, large_copies, large_parameters
+
+LAYERS, BLOCKS = 3, 512
+LAYER_ELEMENTS = BLOCKS * 4 * 8
+
+
+def step(pool, block, rows):
+    """Writes rows to every layer and reads them back."""
+
+    def body(carry, layer):
+        pool, rows = carry
+        pool = pool.at[layer, block, 1].set(rows, mode="drop")
+        return (pool, rows + pool[layer, block, 1]), None
+
+    return jax.lax.scan(body, (pool, rows), jnp.arange(LAYERS))[0]
+
+
+def compile_step(step, **options):
+    pool = jax.ShapeDtypeStruct((LAYERS, BLOCKS, 4, 8), jnp.float32)
+    block = jax.ShapeDtypeStruct((4,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    return jax.jit(step, **options).lower(pool, block, rows).compile()
+
+
+def test_donated_step_in_place_passes():
+    assert_updated_in_place(compile_step(step, donate_argnums=0), LAYER_ELEMENTS, num_pools=1)
+
+
+def test_undonated_pool_is_reported():
+    compiled = compile_step(step)
+    assert large_parameters(compiled, LAYER_ELEMENTS) == ({0}, set())
+    assert len(large_copies(compiled, LAYER_ELEMENTS)) == 1
+    with pytest.raises(AssertionError, match="not aliased"):
+        assert_updated_in_place(compiled, LAYER_ELEMENTS, num_pools=1)
+
+
+@pytest.mark.parametrize(
+    "wasteful",
+    [
+        lambda pool, block, rows: step(pool * 2, block, rows),
+        lambda pool, block, rows: step(jnp.flip(pool, 0), block, rows),
+        lambda pool, block, rows: (step(pool, block, rows)[0], jnp.sort(pool[1], axis=0)[block]),
+        lambda pool, block, rows: (step(pool, block, rows)[0], pool[0, block]),
+    ],
+    ids=["rewritten", "flipped", "layer_sorted", "old_and_new_alive"],
+)
+def test_copy_of_a_pool_or_of_a_layer_is_reported(wasteful):
+    compiled = compile_step(wasteful, donate_argnums=0)
+    with pytest.raises(AssertionError, match="copies of a pool"):
+        assert_updated_in_place(compiled, LAYER_ELEMENTS, num_pools=1)
