@@ -30,9 +30,9 @@ class Slots(NamedTuple):
     is_valid: Array
 
 
-def one_token_each(batch: int) -> Array:
-    """The query_start_loc of a step in which every sequence has one token."""
-    return jnp.arange(batch + 1, dtype=jnp.int32)
+def start_locations(query_start_loc: Array | None, batch: int) -> Array:
+    """query_start_loc as an array, also where None stands for one token per sequence."""
+    return jnp.arange(batch + 1, dtype=jnp.int32) if query_start_loc is None else query_start_loc
 
 
 def locate_tokens(query_start_loc: Array, seq_lengths: Array, num_tokens: int) -> Tokens:

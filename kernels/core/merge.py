@@ -38,9 +38,9 @@ def apply_sinks(
 ) -> Float[Array, "num_tokens num_query_heads head_dim"]:
     """Adds one term per query head to the denominator: `out * sigmoid(lse - sink)`.
 
-    `sinks` are learned logits in natural units, as gpt-oss has them.  `lse` stays without them, so that
-    partial results can be merged first; apply sinks once, last.  Computed in float32; the result
-    takes the dtype of `out`.
+    `sinks` are learned logits in natural units, as gpt-oss has them.  `lse` stays without them, so
+    that partial results can be merged first; apply sinks once, last.  Computed in float32; the
+    result takes the dtype of `out`.
     """
     weight = jax.nn.sigmoid(lse.astype(jnp.float32) - sinks.astype(jnp.float32)[None, :])
     return (out.astype(jnp.float32) * weight[..., None]).astype(out.dtype)

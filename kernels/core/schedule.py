@@ -32,7 +32,7 @@ class MadeFor:
 
     @classmethod
     def of(
-        cls, cache: CacheShape, *, num_query_heads: int, is_packed: bool, variant: Variant
+        cls, cache: CacheShape, num_query_heads: int, is_packed: bool, variant: Variant
     ) -> "MadeFor":
         return cls(
             cache.batch,
@@ -67,7 +67,7 @@ def make(
     made_for: MadeFor, block_table: Array, seq_lengths: Array, query_start_loc: Array | None
 ) -> Schedule:
     """The schedule of one step."""
-    starts = layout.one_token_each(made_for.batch) if query_start_loc is None else query_start_loc
+    starts = layout.start_locations(query_start_loc, made_for.batch)
     variant = Variant(1.0, made_for.is_causal, made_for.window)
     first = seq_lengths - (starts[1:] - starts[:-1])
     used = variant.kv_range(first, seq_lengths - 1, seq_lengths)

@@ -1,0 +1,228 @@
+"""Which implementation runs a call, and the gradient that all of them share.
+
+With `implementation=None` the choice is made when the program is lowered, for the platform it is
+lowered for: every backend that supports the problem is a branch of `lax.platform_dependent`, the
+reference is the default.  A named implementation is strict.  Kernels are imported when first used.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import reference
+from .kernels.core import layout
+from .kernels.core.problem import AppendProblem, Problem
+from .kernels.core.schedule import Schedule
+from .validate import is_concrete
+
+
+class Backend(NamedTuple):
+    """A folder of kernels/ and where it runs."""
+
+    platform: str  # as `lax.platform_dependent` names it
+    package: str
+    device: str  # for error texts
+
+
+BACKENDS = {
+    "mosaic_tpu": Backend("tpu", "paged_kv.kernels.tpu", "a TPU"),
+    "mosaic_gpu": Backend("cuda", "paged_kv.kernels.gpu", "an NVIDIA GPU"),
+}
+
+
+class Choice(NamedTuple):
+    """What a caller asked for; static."""
+
+    implementation: str | None
+    interpret: Any
+
+
+class Operands(NamedTuple):
+    """Arrays of an attention call that have no gradient; pools are beside them."""
+
+    block_table: Array
+    schedule: Schedule
+    seq_lengths: Array
+    layer: Array
+
+
+def attend(
+    problem: Problem,
+    choice: Choice,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    slopes: Array | None,
+    operands: Operands,
+) -> tuple[Array, Array]:
+    """(out, lse) of one attention call, differentiable in query, pools and slopes."""
+    _check_device(choice, query)
+    return _attend(problem, choice, query, key_pool, value_pool, slopes, operands)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(problem, choice, query, key_pool, value_pool, slopes, operands):
+    def reference_fn(*arrays):
+        query, key_pool, value_pool, slopes, operands = arrays
+        return reference.attend(
+            *_reference_statics(problem),
+            *_reference_arrays(query, key_pool, value_pool, slopes, operands),
+        )
+
+    def kernel_fn(module: ModuleType, *arrays):
+        query, key_pool, value_pool, slopes, operands = arrays
+        layer, schedule = _safe_layer(operands, key_pool)
+        call = partial(module.attend, problem, interpret=choice.interpret)
+        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        return call(query, *pools, operands.block_table, schedule, slopes, layer)
+
+    arrays = (query, key_pool, value_pool, slopes, operands)
+    return _choose("attention", problem, choice, kernel_fn, reference_fn, arrays)
+
+
+def _attend_forward(problem, choice, query, key_pool, value_pool, slopes, operands):
+    out, lse = _attend(problem, choice, query, key_pool, value_pool, slopes, operands)
+    return (out, lse), (query, key_pool, value_pool, slopes, operands, out, lse)
+
+
+def _attend_backward(problem, choice, residuals, cotangents):
+    del choice  # one backward pass for all implementations
+    *arrays, out, lse = residuals
+    key_pool, value_pool = arrays[1:3]
+    d_query, d_keys, d_values, d_slopes = reference.attend_transposed(
+        *_reference_statics(problem), _reference_arrays(*arrays), out, lse, *cotangents
+    )
+    pools = d_keys.reshape(key_pool.shape), d_values.reshape(value_pool.shape)
+    return d_query, *pools, d_slopes, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def append(
+    problem: AppendProblem,
+    choice: Choice,
+    keys: Array,
+    values: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    seq_lengths: Array,
+    query_start_loc: Array,
+    layer: Array,
+) -> tuple[Array, Array]:
+    """Both pools with the new tokens written."""
+    _check_device(choice, keys)
+
+    def reference_fn(keys, values, key_pool, value_pool, *arrays):
+        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        return _like(key_pool, reference.append(keys, values, *pools, *arrays))
+
+    def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, table, lengths, *rest):
+        starts, layer = rest
+        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        is_layer = (layer >= 0) & (layer < pools[0].shape[0])
+        lengths = jnp.where(is_layer, lengths, 0)
+        layer = jnp.clip(layer, 0, pools[0].shape[0] - 1)
+        call = partial(module.append, problem, interpret=choice.interpret)
+        return _like(key_pool, call(keys, values, *pools, table, lengths, starts, layer))
+
+    dtype = key_pool.dtype
+    arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool)
+    arrays = (*arrays, block_table, seq_lengths, query_start_loc, layer)
+    return _choose("append", problem, choice, kernel_fn, reference_fn, arrays)
+
+
+def _choose(
+    op: str,
+    problem: Problem | AppendProblem,
+    choice: Choice,
+    kernel_fn: Callable,
+    reference_fn: Callable,
+    arrays: tuple,
+) -> Any:
+    """Runs the named implementation, or the best for the platform lowered for."""
+    if choice.implementation == "xla":
+        return reference_fn(*arrays)
+    if choice.implementation is not None:
+        module, reason = _load(choice.implementation, op, problem)
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation={choice.implementation!r} cannot run this {op}: {reason}"
+            )
+        return _batchable(partial(kernel_fn, module))(*arrays)
+    branches = {}
+    for name, backend in BACKENDS.items():
+        module, reason = _load(name, op, problem)
+        if reason is None:
+            branches[backend.platform] = _batchable(partial(kernel_fn, module))
+    return lax.platform_dependent(*arrays, **branches, default=reference_fn)
+
+
+def _load(name: str, op: str, problem: Problem | AppendProblem) -> tuple[ModuleType | None, Any]:
+    """The module of a backend's op, and why it cannot run the problem, if it cannot."""
+    try:
+        module = importlib.import_module(f"{BACKENDS[name].package}.{op}")
+    except NotImplementedError as error:  # this jax is too old for the backend
+        return None, str(error)
+    return module, module.unsupported(problem)
+
+
+def _batchable(kernel: Callable) -> Callable:
+    """Under vmap a kernel runs once per element: its memory is addressed by hand."""
+    return jax.custom_batching.sequential_vmap(kernel)
+
+
+def _check_device(choice: Choice, array: Any) -> None:
+    """A named kernel, called eagerly, needs its device or an interpreter."""
+    if choice.implementation not in BACKENDS or choice.interpret or not is_concrete(array):
+        return
+    backend = BACKENDS[choice.implementation]
+    platforms = {
+        "cuda" if d.platform == "gpu" else d.platform for d in jnp.asarray(array).devices()
+    }
+    if platforms != {backend.platform}:
+        raise NotImplementedError(
+            f"implementation={choice.implementation!r} needs {backend.device}, the arrays are on "
+            f"{', '.join(sorted(platforms))}; pass interpret=True to run it there in the "
+            "interpreter, or implementation=None for the best that platform has"
+        )
+
+
+def _safe_layer(operands: Operands, key_pool: Array) -> tuple[Array, Schedule]:
+    """A layer inside the stack; where it was outside, no sequence has tokens."""
+    num_layers = layout.as_layers(key_pool).shape[0]
+    layer, schedule = operands.layer, operands.schedule
+    is_layer = (layer >= 0) & (layer < num_layers)
+    lengths = jnp.where(is_layer, schedule.seq_lengths, 0)
+    schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
+    return jnp.clip(layer, 0, num_layers - 1), schedule
+
+
+def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:
+    variant = problem.variant
+    scoring = reference.Scoring(variant.scale, variant.left, variant.right, variant.logits_soft_cap)
+    return scoring, problem.is_packed
+
+
+def _reference_arrays(query, key_pool, value_pool, slopes, operands: Operands) -> tuple:
+    return (
+        query,
+        layout.as_layers(key_pool),
+        layout.as_layers(value_pool),
+        slopes,
+        operands.block_table,
+        operands.seq_lengths,
+        operands.schedule.query_start_loc,
+        operands.layer,
+    )
+
+
+def _like(pool: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
+    return pools[0].reshape(pool.shape), pools[1].reshape(pool.shape)

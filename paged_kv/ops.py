@@ -1,0 +1,238 @@
+"""The hot path: append, attend, both at once, and the schedule they share.
+
+Order in a step: allocate blocks, `advance` once, `make_schedule` once, then for each layer
+`append_tokens` and `paged_attention`, or `append_and_attend`.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from . import dispatch, validate, validate_values
+from .cache import PagedKVCache
+from .kernels.core import layout, merge
+from .kernels.core import schedule as schedules
+from .kernels.core.schedule import MadeFor, Schedule
+
+Implementation = Literal["mosaic_tpu", "mosaic_gpu", "xla"]
+
+
+def append_tokens(
+    cache: PagedKVCache,
+    keys: Float[Array, "num_tokens num_kv_heads head_dim"],
+    values: Float[Array, "num_tokens num_kv_heads head_dim"],
+    *,
+    query_start_loc: Int32[Array, "batch_plus_1"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
+) -> PagedKVCache:
+    """Writes this step's keys and values into their slots, in place when the cache is donated.
+
+    The new tokens of a sequence are its last ones: call `advance` before, once per step.  Under jit
+    a token without a valid slot is dropped and nothing else changes; so are padding tokens, and
+    with `query_start_loc=None` the token of a row whose length is 0.
+
+    Args:
+      cache: of one layer, or a stack with `layer`.
+      keys, values: packed new tokens, cast to the pools' dtype.
+      query_start_loc: int32 (batch + 1,), prefix sums of new tokens per sequence; None means one
+        token per sequence.
+      layer: which layer of a stacked cache, an int or a traced int32.
+      implementation: "mosaic_tpu", "mosaic_gpu" or "xla", strictly; None picks the best for the
+        platform the program is lowered for.
+      interpret: True, or the backend's interpreter parameters, to run a named kernel on CPU.
+
+    Raises:
+      ValueError: shapes, dtypes, `layer` or `query_start_loc` do not fit the cache; for concrete
+        arrays also when a new token has no allocated slot.
+      NotImplementedError: the named implementation cannot run this call; it says the way out.
+
+    Source: vLLM's reshape_and_cache (Kwon et al., 2023).
+    """
+    problem = validate.append_problem(cache, keys, values, query_start_loc)
+    name = validate.implementation_name(implementation, interpret)
+    layer = validate.layer_index(cache, layer)
+    validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
+    validate_values.new_slots(cache, problem.cache, query_start_loc)
+    starts = layout.start_locations(query_start_loc, problem.cache.batch)
+    arrays = (cache.block_table, cache.seq_lengths, starts, layer)
+    with jax.named_scope("paged_kv.append"):
+        key_pool, value_pool = _append(
+            problem,
+            dispatch.Choice(name, interpret),
+            keys,
+            values,
+            cache.key_pool,
+            cache.value_pool,
+            *arrays,
+        )
+    return replace(cache, key_pool=key_pool, value_pool=value_pool)
+
+
+def paged_attention(
+    query: Float[Array, "num_tokens num_query_heads head_dim"],
+    cache: PagedKVCache,
+    *,
+    query_start_loc: Int32[Array, "batch_plus_1"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "num_query_heads"] | None = None,
+    alibi_slopes: Float[Array, "num_query_heads"] | None = None,
+    schedule: Schedule | None = None,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
+) -> Any:
+    """Attention of packed queries over the keys and values that their sequences have cached.
+
+    Query tokens of sequence b are its last ones, at positions `seq_lengths[b] - q_len[b]` and on;
+    causality is by position.  Statistics and accumulators are float32, whatever the dtypes.  A
+    query that sees no key gives 0 and lse -inf, and so do padding tokens.
+
+    Args:
+      query: packed query tokens; `num_query_heads` is a multiple of the cache's kv heads.
+      cache: of one layer, or a stack with `layer`; the queries' own keys are appended already.
+      query_start_loc: int32 (batch + 1,), prefix sums of query tokens per sequence; None means one
+        token per sequence (decode), where a row of length 0 is inactive.
+      layer: which layer of a stacked cache, an int or a traced int32; no layer is copied.
+      scale: factor of the dot products, 1/sqrt(head_dim) by default.
+      is_causal: a query sees no key after itself.
+      local_window_size: keys a query sees on its (left, right) besides itself; an int is both.
+        Hugging Face's `sliding_window=W` is `(W - 1, 0)`.
+      logits_soft_cap: c in `c * tanh(scores / c)`, before bias and mask.
+      sinks: one extra logit per query head in the softmax's denominator, as in gpt-oss.
+      alibi_slopes: per query head, subtracts `slope * |query position - key position|`.
+      schedule: from `make_schedule` for this step; saves making it in every layer.
+      return_residual: also return lse, without sinks.
+      implementation: "mosaic_tpu", "mosaic_gpu" or "xla", strictly; None picks the best for the
+        platform the program is lowered for and never fails.
+      interpret: True, or the backend's interpreter parameters, to run a named kernel on CPU.
+
+    Returns:
+      out (num_tokens, num_query_heads, head_dim) in the query's dtype; with `return_residual` also
+      lse (num_tokens, num_query_heads), float32, the natural log of the sum of exponentials of the
+      scaled, masked scores.
+
+    Raises:
+      ValueError: shapes, dtypes, flags or the schedule do not fit; for concrete arrays also when a
+        used table entry is outside the pool, or a sequence has more query tokens than tokens.
+      NotImplementedError: the named implementation cannot run this call; it says the way out.
+
+    Differentiable (reverse mode) in query, pools, sinks and slopes.
+
+    Source: PagedAttention (Kwon et al., 2023) over the online softmax of FlashAttention (Dao et
+    al., 2022); ALiBi (Press et al., 2022); soft cap as in Gemma 2; argument names of
+    `jax.nn.dot_product_attention` and tokamax.
+    """
+    has_alibi = alibi_slopes is not None
+    variant = validate.variant(
+        cache.head_dim, scale, is_causal, local_window_size, logits_soft_cap, has_alibi
+    )
+    problem = validate.attention_problem(cache, query, query_start_loc, variant)
+    name = validate.implementation_name(implementation, interpret)
+    layer = validate.layer_index(cache, layer)
+    validate.per_head("sinks", sinks, problem.num_query_heads)
+    validate.per_head("alibi_slopes", alibi_slopes, problem.num_query_heads)
+    made_for = MadeFor.of(problem.cache, problem.num_query_heads, problem.is_packed, variant)
+    if schedule is not None:
+        validate.schedule_matches(schedule, made_for)
+    validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
+    validate_values.used_entries(cache, problem.cache, query_start_loc, variant)
+    with jax.named_scope("paged_kv.attention"):
+        if schedule is None:
+            schedule = schedules.make(
+                made_for, cache.block_table, cache.seq_lengths, query_start_loc
+            )
+        operands = dispatch.Operands(cache.block_table, schedule, cache.seq_lengths, layer)
+        out, lse = _attend(
+            problem,
+            dispatch.Choice(name, interpret),
+            query,
+            cache.key_pool,
+            cache.value_pool,
+            alibi_slopes,
+            operands,
+        )
+        if sinks is not None:
+            out = merge.apply_sinks(out, lse, sinks)
+    return (out, lse) if return_residual else out
+
+
+def append_and_attend(
+    query: Float[Array, "num_tokens num_query_heads head_dim"],
+    keys: Float[Array, "num_tokens num_kv_heads head_dim"],
+    values: Float[Array, "num_tokens num_kv_heads head_dim"],
+    cache: PagedKVCache,
+    *,
+    query_start_loc: Int32[Array, "batch_plus_1"] | None = None,
+    layer: int | Int32[Array, ""] | None = None,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
+    **attention: Any,
+) -> tuple[Any, PagedKVCache]:
+    """`append_tokens`, then `paged_attention` over the result; lengths do not advance.
+
+    Args:
+      query, keys, values: packed tokens of this step, one of each per token.
+      cache: advanced already; donate it.
+      query_start_loc, layer, implementation, interpret: as in both ops.
+      **attention: every other keyword of `paged_attention`.
+
+    Returns:
+      What `paged_attention` returns, and the cache with the new tokens.
+
+    Raises:
+      ValueError, NotImplementedError: as both ops, and when query and keys differ in tokens.
+    """
+    validate.same_tokens(query, keys)
+    same = {
+        "query_start_loc": query_start_loc,
+        "layer": layer,
+        "implementation": implementation,
+        "interpret": interpret,
+    }
+    cache = append_tokens(cache, keys, values, **same)
+    return paged_attention(query, cache, **same, **attention), cache
+
+
+def make_schedule(
+    cache: PagedKVCache,
+    *,
+    num_query_heads: int,
+    query_start_loc: Int32[Array, "batch_plus_1"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    is_causal: bool = True,
+    implementation: Implementation | None = None,
+) -> Schedule:
+    """What the attention calls of one step share: make it once, after `advance`.
+
+    It depends on lengths and table, not on the layer; layers with different windows need one each.
+    It carries what it was made for, and a call that differs is a ValueError.  It is valid for every
+    implementation.
+
+    Args:
+      cache: advanced already.
+      num_query_heads, query_start_loc, local_window_size, is_causal: as in the attention calls.
+      implementation: a name is checked, and nothing else depends on it today.
+
+    Raises:
+      ValueError: an argument does not fit the cache.
+    """
+    validate.implementation_name(implementation)
+    shape = validate.cache_shape(cache)
+    validate.query_heads(num_query_heads, shape.num_kv_heads)
+    validate.start_locations(cache, query_start_loc, None)
+    variant = validate.variant(cache.head_dim, None, is_causal, local_window_size, None, False)
+    made_for = MadeFor.of(shape, num_query_heads, query_start_loc is not None, variant)
+    with jax.named_scope("paged_kv.schedule"):
+        return schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
+
+
+_append = jax.jit(dispatch.append, static_argnums=(0, 1))
+_attend = jax.jit(dispatch.attend, static_argnums=(0, 1))
