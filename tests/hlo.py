@@ -1,6 +1,6 @@
 """What a compiled program does with its large buffers, read from the text of its HLO.
 
-Works on any target, ahead-of-time compiles included: `compiled` is what `lowered.compile()` returns.
+Works on any target, ahead-of-time compiles too: `compiled` is what `lowered.compile()` returns.
 "Large" means at least `num_elements` elements; choose the elements of one layer's pool, and a cache
 large enough that nothing else comes near.
 """

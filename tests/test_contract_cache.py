@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bitwise import assert_same_bits
 from poison import poisoned_cache
 
 import paged_kv
@@ -27,12 +28,6 @@ def empty_cache(**changes):
 
 def tokens(rng, count, dtype=np.float32):
     return rng.standard_normal((count, 2, 3)).astype(dtype)
-
-
-def assert_caches_equal(actual, expected):
-    """Bitwise, NaN included."""
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 # --- PagedKVCache
@@ -131,7 +126,7 @@ def test_allocate_changes_the_row_alone():
     after, _ = paged_kv.allocate_blocks(
         before, sequence_idx=0, num_new_tokens=5, free_block_ids=[3, 4]
     )
-    assert_caches_equal(dataclasses.replace(after, block_table=before.block_table), before)
+    assert_same_bits(dataclasses.replace(after, block_table=before.block_table), before)
     np.testing.assert_array_equal(before.block_table, np.full((2, 3), -1))
 
 
@@ -199,7 +194,7 @@ def test_append_writes_after_the_length_and_advances_it():
 def test_append_of_no_tokens_changes_nothing():
     before = with_row([5, 2, -1], length=3)
     none = jnp.zeros((0, 2, 3))
-    assert_caches_equal(paged_kv.append_kv(before, 0, none, none), before)
+    assert_same_bits(paged_kv.append_kv(before, 0, none, none), before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
