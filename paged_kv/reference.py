@@ -89,9 +89,8 @@ def attend(
         acc = acc * decay[..., None] + _einsum("nkgtc,nckd->nkgtd", weights, kv.value)
         return top, l * decay + weights.sum(-1), acc
 
-    rows = (n, k, g, t)
-    zero = jnp.zeros(rows, jnp.float32)
-    state = (zero - jnp.inf, zero, jnp.zeros((*rows, d), jnp.float32))
+    zero = _zeros((n, k, g, t), like=q)
+    state = (zero - jnp.inf, zero, _zeros((n, k, g, t, d), like=q))
     m, l, acc = lax.fori_loop(0, _num_steps(tiles, num_keys), body, state)
     total = jnp.where(l > 0, l, 1.0)
     out = (acc / total[..., None]).astype(query.dtype)
@@ -136,16 +135,16 @@ def attend_transposed(
         d_weights = _einsum("nkgtd,nckd->nkgtc", d_out, kv.value)
         dq, d_key, ds = transpose(weights * (d_weights - d_sum[..., None]))
         put = lambda pool, new: pool.at[layer, kv.block, kv.offset].add(new, mode="drop")
-        d_slopes = None if slopes is None else d_slopes + ds
+        d_slopes = None if slopes is None else d_slopes + ds.astype(jnp.float32)
         return d_query + dq, put(d_keys, d_key), put(d_values, d_value), d_slopes
 
-    empty = lambda pool: jnp.zeros(pool.shape, jnp.float32)
-    grads = (jnp.zeros_like(q), empty(key_pool), empty(value_pool))
-    grads = (*grads, None if slopes is None else jnp.zeros_like(slopes))
+    arrays = (q, key_pool, value_pool, slopes)
+    grads = tuple(None if x is None else _zeros(x.shape, like=q) for x in arrays)
     grads = lax.fori_loop(0, _num_steps(tiles, num_keys), body, grads)
     d_query = _packed(jnp.float32(0), grads[0], tiles=tiles, num_tokens=query.shape[0])
     d_query = d_query.reshape(query.shape).astype(query.dtype)
-    return d_query, grads[1].astype(key_pool.dtype), grads[2].astype(value_pool.dtype), grads[3]
+    d_slopes = None if slopes is None else grads[3].astype(slopes.dtype)
+    return d_query, grads[1].astype(key_pool.dtype), grads[2].astype(value_pool.dtype), d_slopes
 
 
 def append(
@@ -172,7 +171,11 @@ def append(
     # an index of -1 would write the last block: what has no slot goes past the end and is dropped
     block = jnp.where(is_real & (block >= 0), block, num_blocks)
     at = (layer, block, position % block_size)
-    write = lambda pool, new: pool.at[at].set(new.astype(pool.dtype), mode="drop")
+
+    def write(pool: Array, new: Array) -> Array:
+        bits = _bits(pool).at[at].set(_bits(new.astype(pool.dtype)), mode="drop")
+        return lax.bitcast_convert_type(bits, pool.dtype)
+
     return write(key_pool, keys), write(value_pool, values)
 
 
@@ -257,8 +260,20 @@ def _by_kv_head(packed: Array, tiles: _Tiles, num_kv_heads: int) -> Array:
 
 def _packed(empty: Array, tiled: Array, *, tiles: _Tiles, num_tokens: int) -> Array:
     """(tiles, tokens, ...) to (num_tokens, ...), `empty` for padding tokens."""
-    full = jnp.broadcast_to(empty, (num_tokens, *tiled.shape[2:]))
+    full = empty + _zeros((num_tokens, *tiled.shape[2:]), like=tiled).astype(tiled.dtype)
     return full.at[jnp.where(tiles.is_real, tiles.token, num_tokens)].set(tiled, mode="drop")
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """float32 zeros that vary over the axes of a `shard_map` that `like` varies over."""
+    axes = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
+    zeros = jnp.zeros(shape, jnp.float32)
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def _bits(x: Array) -> Array:
+    """As unsigned integers: XLA's CPU backend turns a whole 16-bit float pool to float32 first."""
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 # ---- tiles of keys -------------------------------------------------------------------------------
@@ -289,11 +304,10 @@ def _gather(cache: _Cache, tiles: _Tiles, i: Array, num_keys: int) -> _Keys:
     layer = jnp.clip(cache.layer, 0, num_layers - 1)
 
     def read(pool: Array) -> Array:
-        rows = pool.at[layer, block, offset].get(mode="fill", fill_value=0)
+        bits = _bits(pool).at[layer, block, offset].get(mode="fill", fill_value=0)
+        rows = lax.bitcast_convert_type(bits, pool.dtype).astype(jnp.float32)
         # unowned slots may hold NaN, and 0 * NaN is NaN
-        return jnp.where(is_live[:, :, None, None], rows, jnp.zeros((), pool.dtype)).astype(
-            jnp.float32
-        )
+        return jnp.where(is_live[:, :, None, None], rows, 0.0)
 
     return _Keys(position, block, offset, read(cache.key_pool), read(cache.value_pool))
 

@@ -76,3 +76,10 @@ def entries_are_valid(
 def as_layers(pool: Array) -> Array:
     """A pool with a leading layer axis, added if it has none; a bitcast."""
     return pool if pool.ndim == 5 else jax.lax.expand_dims(pool, [0])
+
+
+def result(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: varies over the axes of a `shard_map` that `like` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
