@@ -171,11 +171,7 @@ def append(
     # an index of -1 would write the last block: what has no slot goes past the end and is dropped
     block = jnp.where(is_real & (block >= 0), block, num_blocks)
     at = (layer, block, position % block_size)
-
-    def write(pool: Array, new: Array) -> Array:
-        bits = _bits(pool).at[at].set(_bits(new.astype(pool.dtype)), mode="drop")
-        return lax.bitcast_convert_type(bits, pool.dtype)
-
+    write = lambda pool, new: pool.at[at].set(new.astype(pool.dtype), mode="drop")
     return write(key_pool, keys), write(value_pool, values)
 
 
@@ -271,11 +267,6 @@ def _zeros(shape: tuple[int, ...], like: Array) -> Array:
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _bits(x: Array) -> Array:
-    """As unsigned integers: XLA's CPU backend turns a whole 16-bit float pool to float32 first."""
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
 # ---- tiles of keys -------------------------------------------------------------------------------
 
 
@@ -304,8 +295,7 @@ def _gather(cache: _Cache, tiles: _Tiles, i: Array, num_keys: int) -> _Keys:
     layer = jnp.clip(cache.layer, 0, num_layers - 1)
 
     def read(pool: Array) -> Array:
-        bits = _bits(pool).at[layer, block, offset].get(mode="fill", fill_value=0)
-        rows = lax.bitcast_convert_type(bits, pool.dtype).astype(jnp.float32)
+        rows = pool.at[layer, block, offset].get(mode="fill", fill_value=0).astype(jnp.float32)
         # unowned slots may hold NaN, and 0 * NaN is NaN
         return jnp.where(is_live[:, :, None, None], rows, 0.0)
 
