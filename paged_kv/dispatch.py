@@ -63,7 +63,8 @@ def attend(
 ) -> tuple[Array, Array]:
     """(out, lse) of one attention call, differentiable in query, pools and slopes."""
     _check_device(choice, query)
-    return _attend(problem, choice, query, key_pool, value_pool, slopes, operands)
+    arrays = _uniform((query, key_pool, value_pool, slopes, operands))
+    return _attend(problem, choice, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -135,7 +136,7 @@ def append(
 
     dtype = key_pool.dtype
     arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool)
-    arrays = (*arrays, block_table, seq_lengths, query_start_loc, layer)
+    arrays = _uniform((*arrays, block_table, seq_lengths, query_start_loc, layer))
     return _choose("append", problem, choice, kernel_fn, reference_fn, arrays)
 
 
@@ -167,16 +168,29 @@ def _choose(
 
 def _load(name: str, op: str, problem: Problem | AppendProblem) -> tuple[ModuleType | None, Any]:
     """The module of a backend's op, and why it cannot run the problem, if it cannot."""
-    try:
-        module = importlib.import_module(f"{BACKENDS[name].package}.{op}")
-    except NotImplementedError as error:  # this jax is too old for the backend
-        return None, str(error)
+    package = importlib.import_module(BACKENDS[name].package)
+    reason = package.unsupported_version()
+    if reason is not None:
+        return None, reason
+    module = importlib.import_module(f"{BACKENDS[name].package}.{op}")
     return module, module.unsupported(problem)
 
 
 def _batchable(kernel: Callable) -> Callable:
     """Under vmap a kernel runs once per element: its memory is addressed by hand."""
     return jax.custom_batching.sequential_vmap(kernel)
+
+
+def _uniform(arrays: tuple) -> tuple:
+    """All arrays varying over the same axes of a `shard_map`; a no-op outside of one."""
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(arrays)))
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - varying(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
 
 
 def _check_device(choice: Choice, array: Any) -> None:
