@@ -1,0 +1,1 @@
+"""Programs that use paged_kv: `python -m tools.generate` writes text with a language model."""
