@@ -148,8 +148,11 @@ def test_pieces_are_small(path):
     for node in ast.walk(parse(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        length = (node.end_lineno or 0) - node.lineno + 1
-        assert length <= MAX_FUNCTION, f"{node.name} has {length} lines, at most {MAX_FUNCTION}"
+        first = node.body[min(1, len(node.body) - 1)] if ast.get_docstring(node) else node.body[0]
+        length = (node.end_lineno or 0) - first.lineno + 1
+        assert length <= MAX_FUNCTION, (
+            f"{node.name} has {length} lines of body, at most {MAX_FUNCTION}"
+        )
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         plain = [a.arg for a in arguments if not a.arg.endswith(("_ref", "_refs"))]
         if node.name not in MANY_PARAMETERS:

@@ -1,0 +1,100 @@
+"""README.md does what it says: its examples run, its commands name what exists."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paged_kv
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLE, MODEL = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^python3 .*$", README, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The names that the first example leaves behind."""
+    names = {}
+    exec(compile(EXAMPLE, "README.md, first example", "exec"), names)
+    return names
+
+
+def test_the_example_has_twelve_statements_lines():
+    assert len(EXAMPLE.strip().replace("\n\n", "\n").splitlines()) <= 12
+
+
+def test_the_example_attends_over_what_it_appended(example):
+    query, keys, values = (
+        jax.random.normal(jax.random.key(heads), (62, heads, 64), jnp.bfloat16)
+        for heads in (8, 2, 2)
+    )
+    start = 0
+    for length in example["prompts"]:
+        rows = slice(start, start + length)
+        expected = jax.nn.dot_product_attention(
+            *(x[None, rows].astype(jnp.float32) for x in (query, keys, values)), is_causal=True
+        )[0]
+        result = example["out"][rows].astype(jnp.float32)
+        np.testing.assert_allclose(result, expected, atol=2e-2, rtol=2e-2)
+        start += length
+    assert example["cache"].seq_lengths.tolist() == example["prompts"]
+
+
+def test_the_model_example_decodes_like_dense_attention(example):
+    layers, batch, hidden, heads, kv_heads, head_dim, steps = 2, 3, 32, 8, 2, 16, 5
+    exec(compile(MODEL, "README.md, second example", "exec"), example)
+    decode = example["decode"]
+    shapes = {
+        "q": (layers, hidden, heads, head_dim),
+        "k": (layers, hidden, kv_heads, head_dim),
+        "v": (layers, hidden, kv_heads, head_dim),
+        "o": (layers, heads, head_dim, hidden),
+    }
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape) / 6, jnp.float32)
+    weights = {name: draw(shape) for name, shape in shapes.items()}
+    cache = paged_kv.init_paged_kv_cache(
+        num_blocks=batch * 2,
+        block_size=4,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        batch_size=batch,
+        max_blocks_per_seq=2,
+        dtype=jnp.float32,
+        num_layers=layers,
+    )
+    cache = paged_kv.set_block_table(
+        cache, jnp.asarray(rng.permutation(6).reshape(3, 2), jnp.int32)
+    )
+    inputs = [draw((batch, hidden)) for _ in range(steps)]
+    past = [[] for _ in range(layers)]
+    for x in inputs:
+        result, cache = decode(weights, x, cache)
+        for layer in range(layers):
+            w = {name: value[layer] for name, value in weights.items()}
+            q, k, v = (jnp.einsum("bi,ihd->bhd", x, w[name]) for name in ("q", "k", "v"))
+            past[layer].append((k, v))
+            keys, values = (jnp.stack(part, axis=1) for part in zip(*past[layer], strict=True))
+            out = jax.nn.dot_product_attention(q[:, None], keys, values)[:, 0]
+            x = x + jnp.einsum("bhd,hdi->bi", out, w["o"])
+        np.testing.assert_allclose(result, x, atol=2e-5, rtol=2e-5)
+
+
+def test_each_command_sets_up_everything():
+    assert len(COMMANDS) == 2
+    for command, extra, program in zip(
+        COMMANDS, ["demo", "test"], ["tools.generate", "pytest"], strict=True
+    ):
+        assert command.startswith("python3 -m venv .venv && ")
+        assert f"'.[{extra}]'" in command and f"-m {program}" in command
+
+
+def test_the_names_in_the_text_exist():
+    for name in re.findall(r"paged_kv\.([a-z_]+)\(", README):
+        assert hasattr(paged_kv, name), name
+    for path in re.findall(r"`((?:tools|benchmarks)/[a-z_]*(?:\.py)?)`", README):
+        assert (Path(__file__).parent.parent / path).exists(), path
