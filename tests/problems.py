@@ -23,7 +23,7 @@ import poison
 
 import paged_kv
 
-NUM_FORMS = 36
+NUM_FORMS = 30
 
 AXES = {
     # decode has query_start_loc=None; the others are packed, and differ in the tokens per sequence
