@@ -145,9 +145,7 @@ def test_query_at_a_negative_position_sees_no_key_under_jit():
 # --- dtypes
 
 
-@pytest.mark.parametrize(
-    ("dtype", "pool_dtype"), [("float32", "bfloat16"), ("float16", "float32")]
-)
+@pytest.mark.parametrize(("dtype", "pool_dtype"), [("float32", "bfloat16"), ("float16", "float32")])
 def test_out_has_the_querys_dtype_and_lse_is_float32(dtype, pool_dtype):
     out, lse = attend(random_query(6, dtype), cache_of(dtype=pool_dtype).cache)
     assert (out.dtype, lse.dtype) == (dtype, jnp.float32)

@@ -1,0 +1,418 @@
+"""Calls of the API that are errors: one row each, with the type and a piece of the text.
+
+Any `errors_*.py` beside this one is found by test_contract_errors, which checks every row, and that
+together they reach every `raise` of the package.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import paged_kv
+
+
+class Row(NamedTuple):
+    name: str
+    call: Callable
+    match: str  # a regular expression, as pytest.raises takes it
+    error: type[Exception] = ValueError
+
+
+SIZES = {
+    "num_blocks": 8,
+    "block_size": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "batch_size": 2,
+    "max_blocks_per_seq": 3,
+    "dtype": jnp.float32,
+}
+init = lambda **changes: paged_kv.init_paged_kv_cache(**{**SIZES, **changes})
+num_blocks_for = lambda memory, **changes: paged_kv.num_blocks_for(
+    memory,
+    **{"block_size": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": jnp.float32, **changes},
+)
+int32 = lambda values: jnp.asarray(values, jnp.int32)
+
+
+def cache(**changes):
+    """Sequence 0 has 5 tokens in blocks 6 and 3, sequence 1 has one in block 1."""
+    fields = {"block_table": int32([[6, 3, -1], [1, -1, -1]]), "seq_lengths": int32([5, 1])}
+    return dataclasses.replace(init(), **{**fields, **changes})
+
+
+def stack():
+    return dataclasses.replace(
+        init(num_layers=3), block_table=cache().block_table, seq_lengths=cache().seq_lengths
+    )
+
+
+def allocate(idx=0, count=4, ids=(0, 2), cache=cache):
+    return paged_kv.allocate_blocks(
+        cache(), sequence_idx=idx, num_new_tokens=count, free_block_ids=ids
+    )
+
+
+def kv(*shape, dtype=jnp.float32):
+    return jnp.ones(shape or (2, 2, 8), dtype)
+
+
+def append(keys=None, values=None, cache=cache, **options):
+    keys = kv() if keys is None else keys
+    return paged_kv.append_tokens(cache(), keys, keys if values is None else values, **options)
+
+
+def attend(query=None, cache=cache, **options):
+    query = kv(2, 4, 8) if query is None else query
+    return paged_kv.paged_attention(query, cache(), **options)
+
+
+def entry(value):
+    """A cache whose sequence 0 uses a table entry of `value`."""
+    return lambda: cache(block_table=cache().block_table.at[0, 1].set(value))
+
+
+def long():
+    """A cache whose sequence 0 is longer than its row."""
+    return cache(seq_lengths=int32([13, 1]))
+
+
+def schedule(**changes):
+    return paged_kv.make_schedule(cache(), **{"num_query_heads": 4, **changes})
+
+
+def allocator(do):
+    """`do` on an allocator of four blocks of 16 of which "a" holds two."""
+    blocks = paged_kv.BlockAllocator(num_blocks=4, block_size=16)
+    blocks.allocate("a", 20)
+    return do(blocks)
+
+
+EAGER = [
+    Row("init size zero", lambda: init(head_dim=0), "head_dim=0 must be a positive int"),
+    Row("init size float", lambda: init(block_size=4.0), r"block_size=4\.0 must be a positive"),
+    Row("init layers zero", lambda: init(num_layers=0), "num_layers=0 must be a positive int"),
+    Row("init dtype", lambda: init(dtype=jnp.int8), "dtype=int8 must be floating point"),
+    Row("memory too small", lambda: num_blocks_for(511), "memory_bytes=511 holds no block.* 512"),
+    Row("memory of no heads", lambda: num_blocks_for(9, num_kv_heads=0), "num_kv_heads=0 must"),
+    Row("allocate index", lambda: allocate(idx=2), r"sequence_idx=2 must be in \[0, 2\)"),
+    Row("allocate index negative", lambda: allocate(idx=-1), "sequence_idx=-1 must be in"),
+    Row("allocate index no int", lambda: allocate(idx=0.0), "sequence_idx=0.0 must be an int"),
+    Row("allocate count negative", lambda: allocate(count=-1), "num_new_tokens=-1 must be an int"),
+    Row("allocate ids too short", lambda: allocate(ids=()), "1 more blocks are needed .* has 0"),
+    Row("allocate past row", lambda: allocate(count=8), "need 4 blocks .* max_blocks_per_seq=3"),
+    Row("allocate id past pool", lambda: allocate(ids=(8,)), "block id 8 is outside the pool"),
+    Row("allocate id negative", lambda: allocate(ids=(-1,)), "block id -1 is outside the pool"),
+    Row(
+        "allocate id twice",
+        lambda: allocate(count=8, ids=(2, 2), cache=init),
+        r"free_block_ids repeats an id .* \[2, 2\]",
+    ),
+    Row("allocate id held", lambda: allocate(ids=(1,)), r"ids \[1\] already stand in the block"),
+    Row("allocate stack", lambda: allocate(cache=stack), "allocate_blocks takes a single layer"),
+    Row("append_kv stack", lambda: paged_kv.append_kv(stack(), 0, kv(), kv()), "append_kv takes"),
+    Row("append_kv index", lambda: paged_kv.append_kv(cache(), 9, kv(), kv()), "sequence_idx=9"),
+    Row(
+        "append_kv keys and values",
+        lambda: paged_kv.append_kv(cache(), 0, kv(), kv(1, 2, 8)),
+        r"keys \(2, 2, 8\) and values \(1, 2, 8\) must have one shape",
+    ),
+    Row(
+        "append_kv heads",
+        lambda: paged_kv.append_kv(cache(), 0, kv(2, 3, 8), kv(2, 3, 8)),
+        r"\(2, 3, 8\) must be \(num_tokens, num_kv_heads, head_dim\) = \(num_tokens, 2, 8\)",
+    ),
+    Row(
+        "append_kv rank",
+        lambda: paged_kv.append_kv(cache(), 0, kv(2, 8), kv(2, 8)),
+        r"keys and values \(2, 8\) must be",
+    ),
+    Row(
+        "append_kv dtype",
+        lambda: paged_kv.append_kv(cache(), 0, kv(dtype=jnp.int32), kv()),
+        "the dtype of keys=int32 must be floating",
+    ),
+    Row(
+        "append_kv unallocated",
+        lambda: paged_kv.append_kv(cache(), 0, kv(4, 2, 8), kv(4, 2, 8)),
+        "position 8 of sequence 0 has no block: table entry 2 is -1",
+    ),
+    Row(
+        "append_kv past row",
+        lambda: paged_kv.append_kv(cache(), 0, kv(8, 2, 8), kv(8, 2, 8)),
+        "position 12 of sequence 0 needs block 3 of its row, but max_blocks_per_seq=3",
+    ),
+    Row("gather stack", lambda: paged_kv.gather_kv(stack(), 0), "gather_kv takes a single layer"),
+    Row("gather index", lambda: paged_kv.gather_kv(cache(), -1), "sequence_idx=-1 must be in"),
+    Row("gather unallocated", lambda: paged_kv.gather_kv(entry(-1)(), 0), "has no block"),
+]
+
+STATE = [
+    Row("advance negative", lambda: paged_kv.advance(cache(), -1), "must be at least 0"),
+    Row("advance past row", lambda: paged_kv.advance(cache(), 8), r"\[5, 1\] within 12 tokens"),
+    Row("advance far", lambda: paged_kv.advance(cache(), 2**31 - 1), "within 12 tokens"),
+    Row("advance float", lambda: paged_kv.advance(cache(), 1.0), "must be an int or int32"),
+    Row("advance shape", lambda: paged_kv.advance(cache(), int32([1])), r"\(batch,\) = \(2,\)"),
+    Row("truncate longer", lambda: paged_kv.truncate(cache(), int32([6, 0])), "truncate to .*6, 0"),
+    Row("truncate negative", lambda: paged_kv.truncate(cache(), int32([0, -1])), "truncate to"),
+    Row("truncate shape", lambda: paged_kv.truncate(cache(), int32([0])), "seq_lengths=.* must be"),
+    Row("reset dtype", lambda: paged_kv.reset_sequences(cache(), int32([0, 1])), "must be bool"),
+    Row(
+        "reset shape",
+        lambda: paged_kv.reset_sequences(cache(), np.array([True])),
+        r"mask bool\(1,\) must be bool \(batch,\) = \(2,\)",
+    ),
+    Row(
+        "table shape",
+        lambda: paged_kv.set_block_table(cache(), int32([[0], [1]])),
+        r"block_table \(2, 1\) must be \(batch, max_blocks_per_seq\) = \(2, 3\)",
+    ),
+    Row(
+        "table dtype",
+        lambda: paged_kv.set_block_table(cache(), jnp.zeros((2, 3), jnp.int16)),
+        "block_table has dtype int16, it must be int32",
+    ),
+    Row(
+        "table mask",
+        lambda: paged_kv.set_block_table(cache(), cache().block_table, int32([0, 1])),
+        "mask .* must be bool",
+    ),
+    Row(
+        "copy pairs",
+        lambda: paged_kv.copy_blocks(cache(), int32([0]), int32([1, 2])),
+        r"source_ids \(1,\) and target_ids \(2,\) must pair up",
+    ),
+    Row(
+        "copy source past pool",
+        lambda: paged_kv.copy_blocks(cache(), int32([8]), int32([1])),
+        r"source_ids=\[8\] must be below num_blocks=8",
+    ),
+    Row(
+        "copy target past pool",
+        lambda: paged_kv.copy_blocks(cache(), int32([0]), int32([9])),
+        r"target_ids=\[9\] must be below num_blocks=8",
+    ),
+    Row(
+        "copy target twice",
+        lambda: paged_kv.copy_blocks(cache(), int32([0, 1]), int32([2, 2])),
+        r"target_ids=\[2, 2\] name a block twice",
+    ),
+    Row(
+        "scrub past pool", lambda: paged_kv.scrub_blocks(cache(), int32([8])), "block_ids=.* below"
+    ),
+    Row("scrub dtype", lambda: paged_kv.scrub_blocks(cache(), jnp.ones(1)), "must be int32"),
+    Row("scrub rank", lambda: paged_kv.scrub_blocks(cache(), int32(3)), "block_ids .* must be int"),
+    Row("slots", lambda: paged_kv.slot_mapping(cache(), num_tokens=3), "3 tokens for a batch of 2"),
+]
+
+APPEND = [
+    Row("append stack without layer", lambda: append(cache=stack), "num_layers=3; say which"),
+    Row("append layer without stack", lambda: append(layer=0), "layer=0 was given, but"),
+    Row("append layer negative", lambda: append(cache=stack, layer=-1), r"must be in \[0, 3\)"),
+    Row("append layer past", lambda: append(cache=stack, layer=3), r"layer=3 must be in \[0, 3\)"),
+    Row("append layer float", lambda: append(cache=stack, layer=1.0), "must be an int or an int32"),
+    Row(
+        "append layer array",
+        lambda: append(cache=stack, layer=int32([1])),
+        "layer=.* must be an int or an int32 scalar",
+    ),
+    Row("append keys", lambda: append(kv(2, 2, 4)), r"keys and values \(2, 2, 4\) must be"),
+    Row("append values", lambda: append(kv(), kv(3, 2, 8)), "must have one shape"),
+    Row("append count", lambda: append(kv(3, 2, 8)), "3 tokens for a batch of 2: without query_st"),
+    Row("append entry", lambda: append(cache=entry(-1)), r"block_table\[0, 1\]=-1 is used by seq"),
+    Row("append entry past", lambda: append(cache=entry(8)), r"block_table\[0, 1\]=8 .* outside"),
+    Row("append past row", lambda: append(cache=long), "sequence 0 has 13 tokens, but its row"),
+    Row(
+        "append starts",
+        lambda: append(query_start_loc=int32([0, 1])),
+        r"query_start_loc \(2,\) must be \(batch \+ 1,\) = \(3,\)",
+    ),
+    Row(
+        "append starts dtype",
+        lambda: append(query_start_loc=jnp.zeros(3)),
+        "query_start_loc has dtype float32, it must be int32",
+    ),
+    Row("append starts at 1", lambda: append(query_start_loc=int32([1, 1, 2])), "must start at 0"),
+    Row("append starts fall", lambda: append(query_start_loc=int32([0, 2, 1])), "never fall"),
+    Row("append starts end", lambda: append(query_start_loc=int32([0, 1, 3])), "within the 2 tok"),
+    Row(
+        "append more than there are",
+        lambda: append(query_start_loc=int32([0, 0, 2])),
+        r"sequence 1 has 2 query tokens but seq_lengths\[1\]=1",
+    ),
+    Row(
+        "append_and_attend tokens",
+        lambda: paged_kv.append_and_attend(kv(1, 4, 8), kv(), kv(), cache()),
+        r"query \(1, 4, 8\) and keys \(2, 2, 8\) must have one row each",
+    ),
+]
+
+ATTEND = [
+    Row("query rank", lambda: attend(kv(2, 8)), r"query \(2, 8\) must be \(num_tokens, num_query"),
+    Row("query head_dim", lambda: attend(kv(2, 4, 4)), r"query \(2, 4, 4\) must be .*head_dim=8"),
+    Row(
+        "query heads", lambda: attend(kv(2, 3, 8)), "num_query_heads=3 must be a multiple of num_kv"
+    ),
+    Row("query no heads", lambda: attend(jnp.ones((2, 0, 8))), "num_query_heads=0 must be a posit"),
+    Row("query dtype", lambda: attend(kv(2, 4, 8, dtype=jnp.int32)), "dtype of query=int32 must"),
+    Row("query count", lambda: attend(kv(3, 4, 8)), "3 tokens for a batch of 2"),
+    Row("scale", lambda: attend(scale=float("inf")), "scale=inf and .* must be finite"),
+    Row(
+        "scale traced",
+        lambda: jax.jit(lambda scale: attend(scale=scale))(0.1),
+        "must be finite Python numbers",
+    ),
+    Row(
+        "soft cap zero", lambda: attend(logits_soft_cap=0.0), "logits_soft_cap=0.0 must be positive"
+    ),
+    Row("soft cap nan", lambda: attend(logits_soft_cap=float("nan")), "logits_soft_cap=nan must"),
+    Row("window negative", lambda: attend(local_window_size=-1), "local_window_size=-1 must be"),
+    Row(
+        "window three", lambda: attend(local_window_size=(1, 2, 3)), r"=\(1, 2, 3\) must be an int"
+    ),
+    Row("window float", lambda: attend(local_window_size=(1.0, 0)), "local_window_size=.* must be"),
+    Row("sinks", lambda: attend(sinks=jnp.ones(3)), r"sinks \(3,\) must be \(num_query_heads,\)"),
+    Row("slopes", lambda: attend(alibi_slopes=jnp.ones((4, 1))), r"alibi_slopes \(4, 1\) must be"),
+    Row("sinks dtype", lambda: attend(sinks=int32([0] * 4)), "the dtype of sinks=int32 must be"),
+    Row("implementation", lambda: attend(implementation="cuda"), "implementation='cuda' must be"),
+    Row("interpret nothing", lambda: attend(interpret=True), "interpret=True needs the name of a"),
+    Row(
+        "attend stack without layer", lambda: attend(cache=stack), "stacks num_layers=3; say which"
+    ),
+    Row("attend layer without stack", lambda: attend(layer=0), "layer=0 was given, but this cache"),
+    Row("attend layer past", lambda: attend(cache=stack, layer=3), r"layer=3 must be in \[0, 3\)"),
+    Row("attend layer negative", lambda: attend(cache=stack, layer=-1), "layer=-1 must be in"),
+    Row("attend entry", lambda: attend(cache=entry(-1)), r"\[0, 1\]=-1 is used by sequence 0 .pos"),
+    Row(
+        "attend entry wild", lambda: attend(cache=entry(2**30)), "is outside the pool: num_blocks=8"
+    ),
+    Row("attend past row", lambda: attend(cache=long), "make the cache with a wider table"),
+    Row(
+        "attend more than there are",
+        lambda: attend(query_start_loc=int32([0, 0, 2])),
+        "sequence 1 has 2 query tokens .* call advance first",
+    ),
+    Row(
+        "schedule of other heads",
+        lambda: attend(schedule=schedule(num_query_heads=2)),
+        r"made for another call.*num_query_heads.*\(2, 4\)",
+    ),
+    Row(
+        "schedule of another window",
+        lambda: attend(schedule=schedule(local_window_size=(3, 0))),
+        "made for another call.*window",
+    ),
+    Row(
+        "schedule of another mask",
+        lambda: attend(schedule=schedule(is_causal=False)),
+        "made for another call.*is_causal",
+    ),
+    Row(
+        "schedule of packed queries",
+        lambda: attend(schedule=schedule(query_start_loc=int32([0, 1, 2]))),
+        "made for another call.*is_packed",
+    ),
+    Row("make_schedule heads", lambda: schedule(num_query_heads=3), "must be a multiple of num_kv"),
+    Row("make_schedule window", lambda: schedule(local_window_size=-1), "local_window_size=-1"),
+    Row("make_schedule name", lambda: schedule(implementation="tpu"), "implementation='tpu' must"),
+    Row(
+        "make_schedule starts",
+        lambda: schedule(query_start_loc=int32([0, 1])),
+        r"must be \(batch \+ 1,\)",
+    ),
+]
+
+CACHE = [
+    Row(
+        "pool rank",
+        lambda: attend(cache=lambda: cache(key_pool=kv(8, 4, 2))),
+        r"key_pool \(8, 4, 2\) must be \(num_blocks, block_size",
+    ),
+    Row(
+        "pools differ",
+        lambda: attend(cache=lambda: cache(value_pool=kv(8, 4, 2, 8, dtype=jnp.float16))),
+        r"key_pool float32\(8, 4, 2, 8\) and value_pool float16.* must have one shape and dtype",
+    ),
+    Row(
+        "pools of ints",
+        lambda: attend(
+            cache=lambda: cache(**dict.fromkeys(("key_pool", "value_pool"), int32([[[[1] * 8]]])))
+        ),
+        "the dtype of the pools=int32 must be floating",
+    ),
+    Row(
+        "lengths and table differ",
+        lambda: attend(cache=lambda: cache(seq_lengths=int32([1]))),
+        r"block_table \(2, 3\) must be .* and seq_lengths \(1,\) \(batch,\)",
+    ),
+    Row(
+        "lengths dtype",
+        lambda: attend(cache=lambda: cache(seq_lengths=jnp.ones(2))),
+        "seq_lengths has dtype float32, it must be int32",
+    ),
+]
+
+ALLOCATOR = [
+    Row(
+        "allocator size", lambda: paged_kv.BlockAllocator(0, 16), "num_blocks=0 must be a positive"
+    ),
+    Row("id taken", lambda: allocator(lambda a: a.allocate("a", 1)), "'a' is allocated already"),
+    Row(
+        "allocate negative", lambda: allocator(lambda a: a.allocate("b", -1)), "num_tokens=-1 must"
+    ),
+    Row("extend negative", lambda: allocator(lambda a: a.extend("a", -1)), "num_tokens=-1 must be"),
+    Row("extend unknown", lambda: allocator(lambda a: a.extend("b", 1)), "'b' is not allocated"),
+    Row("free unknown", lambda: allocator(lambda a: a.free("b")), "'b' is not allocated; call"),
+    Row("blocks of unknown", lambda: allocator(lambda a: a.blocks("b")), "'b' is not allocated"),
+    Row(
+        "out of blocks",
+        lambda: allocator(lambda a: a.allocate("b", 33)),
+        "'b' needs 3 more blocks for 33 tokens, 2 of 4 are free",
+        paged_kv.OutOfBlocksError,
+    ),
+]
+
+
+def attend_strictly(implementation, head_dim, pool_dtype=jnp.bfloat16):
+    """An eager call, on the CPU, of a kernel that supports it at head_dim 128."""
+    sizes = {"block_size": 16, "head_dim": head_dim, "dtype": pool_dtype}
+    query = kv(2, 4, head_dim, dtype=jnp.bfloat16)
+    return attend(query, cache=lambda: init(**sizes), implementation=implementation)
+
+
+STRICT = [
+    Row(
+        "mosaic_tpu without a TPU",
+        lambda: attend_strictly("mosaic_tpu", 128),
+        "implementation='mosaic_tpu' needs a TPU, the arrays are on cpu; pass interpret=True",
+        NotImplementedError,
+    ),
+    Row(
+        "mosaic_gpu without a GPU",
+        lambda: attend_strictly("mosaic_gpu", 128),
+        "implementation='mosaic_gpu' needs an NVIDIA GPU, the arrays are on cpu|needs? jax >= 0.11",
+        NotImplementedError,
+    ),
+    Row(
+        "head_dim that a kernel does not take",
+        lambda: attend_strictly("mosaic_tpu", 40),
+        'cannot run this attention: .*head_dim=40.*use implementation="xla"',
+        NotImplementedError,
+    ),
+]
+
+PACKAGE = [
+    Row(
+        "import of the folder kernels",
+        lambda: importlib.import_module("kernels"),
+        "this folder is the package `paged_kv.kernels`, but it was imported as 'kernels'",
+        ImportError,
+    ),
+]
+
+ROWS = [*EAGER, *STATE, *APPEND, *ATTEND, *CACHE, *ALLOCATOR, *STRICT, *PACKAGE]
