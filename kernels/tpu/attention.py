@@ -1,0 +1,303 @@
+"""Paged attention on TPU: one ragged kernel for decode, chunked prefill and mixed batches.
+
+A program takes a tile of whole query tokens of one sequence, all heads, and walks over the keys
+that some of them sees.  It is block-diagonal: all (token, query head) rows meet all (token, kv
+head) rows of a tile of blocks in one product, the scores of foreign heads are masked together with
+the keys a query must not see, and so one second product gives every head its own output.  Copies
+of the next tile's blocks run meanwhile; the sequence's table row is streamed in slices.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..core import softmax
+from ..core.problem import Problem
+from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from ..core.variant import LOG2E
+from . import plan as plans
+from .blocks import (
+    COMPILER_PARAMS,
+    TileCopies,
+    allocate,
+    as_rows,
+    float16_numbers,
+    result,
+    row_bits,
+    table_windows,
+    words,
+)
+from .plan import LANES, AttentionPlan
+
+ROWS = softmax.Rows(
+    reduce=lambda op, x: op(x, axis=-1, keepdims=True),
+    expand=jnp.broadcast_to,
+)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the kernel cannot run the problem, with the way out; None if it can."""
+    cache, way_out = problem.cache, 'use implementation="xla"'
+    if cache.head_dim not in plans.HEAD_DIMS:
+        return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; {way_out}"
+    if cache.dtype not in plans.DTYPES:
+        return f"pools of {cache.dtype} are none of {', '.join(plans.DTYPES)}; {way_out}"
+    rows, least = cache.rows_per_block, plans.min_rows(cache.dtype)
+    if rows % least:
+        return (
+            f"block_size * num_kv_heads = {rows} is no multiple of {least}, the rows of a "
+            f"{cache.dtype} register; use a block_size that is a multiple of {least}, or "
+            'implementation="xla"'
+        )
+    plan = plans.plan_attention(problem)
+    if plan is None:
+        return (
+            f"{problem.num_query_heads} query heads on blocks of {rows} rows by {cache.head_dim} "
+            f"do not fit {plans.VMEM_BYTES >> 20} MiB of VMEM; use a smaller block_size, or "
+            'implementation="xla"'
+        )
+    if plan.num_query_tiles * 16 > plans.SMEM_BYTES:
+        return (
+            f"{problem.num_tokens} query tokens make {plan.num_query_tiles} tiles, more than "
+            f"{plans.SMEM_BYTES // 16}; split the batch, or {way_out}"
+        )
+    return None
+
+
+def attend(
+    problem: Problem,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """(out, lse) of packed queries over pools with a leading layer axis."""
+    plan = plans.plan_attention(problem)
+    assert plan is not None, "unsupported() comes first"
+    num_heads, head_dim = query.shape[1:]
+    tokens, rows = plan.tile_tokens, plan.tile_tokens * num_heads
+    pad = (0, plan.query_rows - rows)
+    tiles = tile_queries(
+        schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=tokens
+    )
+    q = query.astype(problem.cache.dtype).astype(plans.product_dtype(problem.cache.dtype))
+    q = gather_tiles(q, tiles, tokens, problem.is_packed)
+    q = jnp.pad(q.reshape(-1, rows, head_dim), ((0, 0), pad, (0, 0)))
+    scalars = (tiles.sequence, tiles.first_position, tiles.kv_start, tiles.kv_stop)
+    arrays = [q]
+    if alibi_slopes is not None:
+        slopes = jnp.tile(alibi_slopes.astype(jnp.float32), tokens)
+        arrays.append(jnp.pad(slopes, pad)[:, None])
+    table = table_windows(block_table, problem.cache.num_blocks)
+    layer = layer.reshape(1)
+    if problem.cache.dtype == "float16":
+        key_pool, value_pool = (_layer_bits(pool, layer) for pool in (key_pool, value_pool))
+        layer = jnp.zeros_like(layer)
+    pools = (as_rows(pool, plan.rows) for pool in (key_pool, value_pool))
+    call = _make_call(problem, plan, query, interpret)
+    out, lse = call(*scalars, layer, *arrays, table, *pools)
+    out = out[:, :rows].reshape(-1, tokens, num_heads, head_dim).astype(query.dtype)
+    lse = lse[:, 0, :rows].reshape(-1, tokens, num_heads)
+    return untile(schedule, out, lse, num_tokens=problem.num_tokens)
+
+
+def _layer_bits(pool: Array, layer: Array) -> Array:
+    """One layer as int16: the kernel cannot load float16, and retyping a pool copies it."""
+    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(pool, layer[0], 1), jnp.int16)
+
+
+def _make_call(problem: Problem, plan: AttentionPlan, query: Array, interpret: Any) -> Any:
+    head_dim, n = problem.cache.head_dim, plan.num_query_tiles
+    tile = lambda *shape: pl.BlockSpec((None, *shape), lambda i, *_: (i, 0, 0))
+    shared = lambda *shape: pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    slopes = [shared(plan.query_rows, 1)] if problem.variant.has_alibi else []
+    lse_rows = plans.round_up(plan.query_rows, LANES)
+    out_dtype = "float32" if problem.query_dtype == "float16" else problem.query_dtype
+    flops, num_bytes, transcendentals = problem.cost
+    return pl.pallas_call(
+        partial(_kernel, problem, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(n,),
+            in_specs=[tile(plan.query_rows, head_dim), *slopes, hbm, hbm, hbm],
+            out_specs=[tile(plan.query_rows, head_dim), tile(1, lse_rows)],
+            scratch_shapes=allocate(plans.attention_scratch(problem, plan)),
+        ),
+        out_shape=[
+            result((n, plan.query_rows, head_dim), jnp.dtype(out_dtype), query),
+            result((n, 1, lse_rows), jnp.float32, query),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), **COMPILER_PARAMS),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=transcendentals, bytes_accessed=num_bytes
+        ),
+        interpret=False if interpret is None else interpret,
+        name="paged_attention",
+    )
+
+
+class _Tile(NamedTuple):
+    """What is known of a program's query rows, (rows, 1) each, and of its keys."""
+
+    position: Any
+    kv_head: Any
+    slope: Any
+    kv_start: Any
+    kv_stop: Any
+
+
+def _kernel(problem: Problem, plan: AttentionPlan, *refs: Any) -> None:
+    sequence, first_position, kv_start, kv_stop, layer, query, *refs = refs
+    slopes = refs.pop(0) if problem.variant.has_alibi else None
+    table, key_pool, value_pool, out, lse, keys, values, windows, *semaphores = refs
+    i, block_size = pl.program_id(0), problem.cache.block_size
+    start, stop = kv_start[i], kv_stop[i]
+    first_block = lax.div(start, block_size)
+    windows_per_row = -(-problem.cache.max_blocks_per_seq // plans.TABLE_WINDOW)
+    copies = TileCopies(
+        plan,
+        table,
+        sequence[i] * windows_per_row,
+        layer[0],
+        first_block,
+        jnp.where(stop > start, lax.div(stop + (block_size - 1), block_size), first_block),
+        (key_pool, value_pool),
+        (keys, values),
+        windows,
+        tuple(semaphores),
+    )
+    row = lax.broadcasted_iota(jnp.int32, (plan.query_rows, 1), 0)
+    tile = _Tile(
+        first_position[i] + lax.div(row, problem.num_query_heads),
+        lax.div(lax.rem(row, problem.num_query_heads), problem.group),
+        None if slopes is None else slopes[...],
+        start,
+        stop,
+    )
+
+    def each(t: Any, state: softmax.State) -> softmax.State:
+        _prefetch(copies, t + 1)
+        copies.wait(t)
+        return _step(problem, plan, copies, tile, query[...], t, state)
+
+    @pl.when(copies.count > 0)
+    def _() -> None:
+        copies.window(0).start()
+
+    _prefetch(copies, 0)
+    rows = (plan.query_rows, 1)
+    state = softmax.State(
+        jnp.full(rows, softmax.FLOOR, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(query.shape, jnp.float32),
+    )
+    state = lax.fori_loop(0, copies.count, each, state)
+    value, row_lse = softmax.finish(ROWS, state)
+    out[...] = value.astype(out.dtype)
+    _store_as_row(lse, row_lse)
+
+
+def _prefetch(copies: TileCopies, t: Any) -> None:
+    """Starts the blocks of tile `t`, and the table window of the one after it."""
+
+    @pl.when(t < copies.count)
+    def _() -> None:
+        copies.window(t).wait()
+        copies.start(t)
+
+    @pl.when(t + 1 < copies.count)
+    def _() -> None:
+        copies.window(t + 1).start()
+
+
+def _step(
+    problem: Problem,
+    plan: AttentionPlan,
+    copies: TileCopies,
+    tile: _Tile,
+    query: Any,
+    t: Any,
+    state: softmax.State,
+) -> softmax.State:
+    """Takes in tile `t` of keys and values."""
+    slot, rows = lax.rem(t, 2), plan.rows
+    first = copies.block(t) * rows.block_size
+    keys, values = (buffer.at[slot] for buffer in copies.buffers)
+    head, token = _head_and_token(plan, copies.part(t), (1, plan.tile_rows), 1)
+    key_position = first + token
+    variant, unit = problem.variant, LOG2E
+    dots = _product(problem, query, _load(problem, keys), 1)
+    scores = variant.score(dots, tile.position, key_position, tile.slope, unit)
+    # no key past kv_stop is seen, and rows past the tile's tokens must not look there either
+    keep = variant.keep(tile.position, key_position, tile.kv_stop) & (head == tile.kv_head)
+    scores = jnp.where(keep, scores, softmax.MASK)
+
+    is_partial = (first < tile.kv_start) | (
+        first + plan.blocks_per_tile * rows.block_size > tile.kv_stop
+    )
+
+    @pl.when(is_partial)
+    def _() -> None:
+        _clear(plan, copies.part(t), values, tile.kv_start - first, tile.kv_stop - first)
+
+    weigh = lambda weights: _product(problem, weights, _load(problem, values), 0)
+    return softmax.step(ROWS, state, scores, weigh)
+
+
+def _head_and_token(plan: AttentionPlan, part: Any, shape: tuple[int, int], axis: int) -> tuple:
+    """kv head of each row of a tile, and its token counted from the tile's first block."""
+    return _locate(plan, part, lax.broadcasted_iota(jnp.int32, shape, axis))
+
+
+def _locate(plan: AttentionPlan, part: Any, row: Any) -> tuple[Any, Any]:
+    rows = plan.rows
+    block, row = lax.div(row, rows.count), lax.rem(row, rows.count) + part * plan.copy_rows
+    return rows.head(row), block * rows.block_size + rows.token(row)
+
+
+def _clear(plan: AttentionPlan, part: Any, values: Any, start: Any, stop: Any) -> None:
+    """Zeros the values of tokens outside [start, stop): no weight makes NaN harmless."""
+
+    def keep(row: Any) -> Any:
+        _, token = _locate(plan, part, row)
+        return (token >= start) & (token < stop)
+
+    value = values[...]
+    bits = row_bits(value.shape, 4 // value.dtype.itemsize, keep)
+    values[...] = pltpu.bitcast(words(value) & bits, value.dtype)
+
+
+def _load(problem: Problem, ref: Any) -> Any:
+    return float16_numbers(ref[...]) if problem.cache.dtype == "float16" else ref[...]
+
+
+def _product(problem: Problem, a: Any, b: Any, axis: int) -> Any:
+    """a (rows, n) with axis `axis` of b, in the pool's dtype, summed in float32."""
+    exact = problem.cache.dtype != "bfloat16"
+    return lax.dot_general(
+        a.astype(b.dtype),
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _store_as_row(ref: Any, column: Any) -> None:
+    """Writes (rows, 1) into (1, rows), a register of lanes at a time."""
+    for first in range(0, column.shape[0], LANES):
+        part = column[first : first + LANES]
+        row = lax.broadcasted_iota(jnp.int32, (part.shape[0], LANES), 0)
+        lane = lax.broadcasted_iota(jnp.int32, (part.shape[0], LANES), 1)
+        diagonal = jnp.where(row == lane, part, 0.0)
+        ref[:, first : first + LANES] = jnp.sum(diagonal, axis=0, keepdims=True)

@@ -1,0 +1,241 @@
+"""How a problem is cut: tiles of queries and keys, units of an append, and the memory they take.
+
+Blocks are copied whole and multiplied as matrices of (token, head) rows; a block too large for that
+is copied in parts.  The description of a kernel's buffers is what allocates them
+(`blocks.allocate`) and what `vmem_bytes` adds up, so an estimate cannot drift from its kernel.
+No Pallas import.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import lax
+
+from ..core.problem import AppendProblem, CacheShape, Problem
+from ..core.schedule import num_query_tiles
+
+LANES = 128
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+# Every generation gives a kernel at least 16 MiB of VMEM; the rest is left to the compiler.
+VMEM_BYTES = 12 << 20
+SMEM_BYTES = 512 << 10  # half of what a core has
+TABLE_WINDOW = (
+    128  # table entries per slice: a slice of HBM for SMEM starts at a multiple of 128 words
+)
+QUERY_ROWS = 256  # (token, query head) rows of a tile, where there are enough tokens
+MAX_SCORES = 1 << 18  # entries of a tile of scores
+MAX_TILE_ROWS = 4096  # (token, kv head) rows of a tile
+
+
+class Buffer(NamedTuple):
+    """A scratch buffer or an operand's tile; `space` is "vmem", "smem" or "semaphore"."""
+
+    space: str
+    shape: tuple[int, ...]
+    dtype: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory; VMEM pads the last two axes to whole registers."""
+        if self.space == "semaphore":
+            return 0
+        itemsize = np.dtype(self.dtype).itemsize
+        if self.space == "smem" or len(self.shape) < 2:
+            return prod(self.shape) * itemsize
+        *outer, rows, columns = self.shape
+        return prod(outer) * round_up(rows, 8 * 4 // itemsize) * round_up(columns, LANES) * itemsize
+
+
+def vmem_bytes(buffers: Iterable[Buffer]) -> int:
+    """What the buffers take of VMEM."""
+    return sum(buffer.num_bytes for buffer in buffers if buffer.space == "vmem")
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def min_rows(dtype: Any) -> int:
+    """Rows that copies into VMEM are multiples of: those of one register."""
+    return 32 // np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """A block seen as a matrix: one row per (token, kv head).
+
+    The order of the rows is that of the memory, so that the view costs nothing: XLA keeps a pool
+    token by token if a token's heads fill its memory tiles, else head by head.
+    """
+
+    block_size: int
+    num_heads: int
+    is_head_major: bool
+
+    @classmethod
+    def of(cls, cache: CacheShape) -> "BlockRows":
+        heads = cache.num_kv_heads
+        fills_tiles = heads in (1, 2, 4) or heads % 8 == 0
+        return cls(cache.block_size, heads, cache.head_dim % LANES == 0 and not fills_tiles)
+
+    @property
+    def count(self) -> int:
+        return self.block_size * self.num_heads
+
+    def token(self, row: Any) -> Any:
+        """Token of a row (an int32 array), within its block."""
+        n = np.int32(self.block_size if self.is_head_major else self.num_heads)
+        return lax.rem(row, n) if self.is_head_major else lax.div(row, n)
+
+    def head(self, row: Any) -> Any:
+        n = np.int32(self.block_size if self.is_head_major else self.num_heads)
+        return lax.div(row, n) if self.is_head_major else lax.rem(row, n)
+
+    def parts(self, dtype: Any) -> Iterator[int]:
+        """Into how many equal parts of whole tokens (or heads) a block can be cut, 1 first."""
+        n = self.num_heads if self.is_head_major else self.block_size
+        for parts in range(1, n + 1):
+            if n % parts == 0 and self.count // parts % min_rows(dtype) == 0:
+                yield parts
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Tiles of one attention call.
+
+    A tile of keys is `blocks_per_tile` blocks, or one of `tiles_per_block` parts of a block.
+    """
+
+    rows: BlockRows
+    tile_tokens: int  # query tokens of a tile of queries
+    num_query_tiles: int
+    query_rows: int  # their (token, query head) rows, filled up to whole registers
+    blocks_per_tile: int
+    tiles_per_block: int
+
+    @property
+    def copy_rows(self) -> int:
+        """Rows that one copy brings."""
+        return self.rows.count // self.tiles_per_block
+
+    @property
+    def tile_rows(self) -> int:
+        """(token, kv head) rows of a tile of keys."""
+        return self.blocks_per_tile * self.copy_rows
+
+
+def plan_attention(problem: Problem) -> AttentionPlan | None:
+    """The largest tiles whose buffers fit; None if none do."""
+    for tile_tokens in _tile_tokens(problem):
+        for plan in _key_tiles(problem, tile_tokens):
+            scores = plan.query_rows * plan.tile_rows
+            small = scores <= MAX_SCORES and plan.tile_rows <= MAX_TILE_ROWS
+            if small and vmem_bytes(attention_buffers(problem, plan)) <= VMEM_BYTES:
+                return plan
+    return None
+
+
+def _tile_tokens(problem: Problem) -> Iterator[int]:
+    """Tokens of a query tile, best first: no more than an average sequence has."""
+    if not problem.is_packed:
+        yield 1
+        return
+    mean = -(-problem.num_tokens // problem.cache.batch)
+    tokens = 1
+    while tokens < mean and 2 * tokens * problem.num_query_heads <= QUERY_ROWS:
+        tokens *= 2
+    while tokens:
+        yield tokens
+        tokens //= 2
+
+
+def _key_tiles(problem: Problem, tile_tokens: int) -> Iterator[AttentionPlan]:
+    """All tiles of keys, largest first."""
+    cache, rows = problem.cache, BlockRows.of(problem.cache)
+    query_rows = round_up(tile_tokens * problem.num_query_heads, min_rows("bfloat16"))
+    num_tiles = num_query_tiles(problem.num_tokens, cache.batch, tile_tokens, problem.is_packed)
+    make = lambda *cut: AttentionPlan(rows, tile_tokens, num_tiles, query_rows, *cut)
+    blocks = TABLE_WINDOW
+    while blocks > 1:
+        if blocks < 2 * cache.max_blocks_per_seq:
+            yield make(blocks, 1)
+        blocks //= 2
+    for parts in rows.parts(cache.dtype):
+        yield make(1, parts)
+
+
+def attention_scratch(problem: Problem, plan: AttentionPlan) -> list[Buffer]:
+    """Scratch of the kernel, in order: keys, values, table windows, and a semaphore each."""
+    tile = (2, plan.tile_rows, problem.cache.head_dim)
+    keys = Buffer("vmem", tile, stored_dtype(problem.cache.dtype))
+    table = Buffer("smem", (2, TABLE_WINDOW), "int32")
+    return [keys, keys, table, *[Buffer("semaphore", (2,))] * 3]
+
+
+def attention_buffers(problem: Problem, plan: AttentionPlan) -> list[Buffer]:
+    """All that the kernel holds: scratch, tiles of operands (two each), and intermediate values."""
+    rows, head_dim = plan.query_rows, problem.cache.head_dim
+    query = Buffer("vmem", (2, rows, head_dim), product_dtype(problem.cache.dtype))
+    out = Buffer("vmem", (2, rows, head_dim), "float32")
+    slopes = Buffer("vmem", (2, rows, 1), "float32")
+    scores = Buffer("vmem", (4, rows, plan.tile_rows), "float32")
+    state = Buffer("vmem", (3, rows, head_dim), "float32")
+    exact = problem.cache.dtype != "bfloat16"  # a float32 product is made of bfloat16 ones
+    operands = Buffer("vmem", (4 if exact else 1, plan.tile_rows, head_dim), "float32")
+    return [*attention_scratch(problem, plan), query, out, slopes, scores, state, operands]
+
+
+def product_dtype(dtype: str) -> str:
+    """What the kernel multiplies in."""
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def stored_dtype(dtype: str) -> str:
+    """What the kernel reads: it has no float16, so it takes its bits."""
+    return "int16" if dtype == "float16" else dtype
+
+
+@dataclass(frozen=True)
+class AppendPlan:
+    """Units of one append call: aligned groups of tokens of a block, rewritten as one."""
+
+    rows: BlockRows
+    unit_tokens: int
+    num_units: int  # that always suffice
+
+    @property
+    def unit_rows(self) -> int:
+        return self.unit_tokens * self.rows.num_heads
+
+    @property
+    def units_per_block(self) -> int:
+        return self.rows.block_size // self.unit_tokens
+
+
+def plan_append(problem: AppendProblem) -> AppendPlan | None:
+    """Units about as long as a sequence's new tokens; None if none fits."""
+    cache, rows = problem.cache, BlockRows.of(problem.cache)
+    mean = -(-problem.num_tokens // cache.batch) if problem.is_packed else 1
+    counts = [1] if rows.is_head_major else sorted(rows.parts(cache.dtype))
+    plans = [_units(problem, rows, rows.block_size // parts) for parts in counts]
+    fitting = [plan for plan in plans if vmem_bytes(append_buffers(problem, plan)) <= VMEM_BYTES]
+    enough = [plan for plan in fitting if plan.unit_tokens >= mean]
+    return (enough or fitting[:1] or [None])[-1]
+
+
+def _units(problem: AppendProblem, rows: BlockRows, unit_tokens: int) -> AppendPlan:
+    tokens, batch = problem.num_tokens, problem.cache.batch
+    if not problem.is_packed:
+        return AppendPlan(rows, unit_tokens, batch)
+    # a sequence's first and last unit may be partial
+    return AppendPlan(rows, unit_tokens, min(tokens, tokens // unit_tokens + 2 * batch))
+
+
+def append_buffers(problem: AppendProblem, plan: AppendPlan) -> list[Buffer]:
+    """Old, new and blended keys and values, two of each, and their bits."""
+    unit = Buffer("vmem", (16, plan.unit_rows, problem.cache.head_dim), problem.cache.dtype)
+    return [unit]
