@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 import paged_kv
 
@@ -49,6 +49,13 @@ class LlamaWeights(NamedTuple):
     final_norm: Float[Array, " embed"]
     head: Float[Array, "vocab embed"]
     inverse_frequencies: Float[Array, " half_head_dim"]  # float32, radians per position
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn: from the softmax of logits / temperature."""
+
+    seed: UInt32[Array, ""]
+    temperature: Float32[Array, ""]
 
 
 def forward(
@@ -106,24 +113,20 @@ def forward(
 
 
 def sample(
-    logits: Float[Array, "batch vocab"],
-    seq_lengths: Int32[Array, " batch"],
-    *,
-    temperature: float,
-    seed: int,
+    logits: Float[Array, "batch vocab"], seq_lengths: Int32[Array, " batch"], draw: Draw | None
 ) -> Int32[Array, " batch"]:
-    """One token for each sequence; a temperature of 0 takes the likeliest.
+    """One token for each sequence: drawn, or with `draw=None` the likeliest.
 
-    The draw depends on the seed, the sequence and its length, never on what else is in the batch.
+    A drawn token depends on the seed, the sequence and its length, not on the rest of the batch.
     """
-    if temperature == 0:
+    if draw is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(row, length, row_logits):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), length)
-        return jax.random.categorical(key, row_logits / temperature).astype(jnp.int32)
+    def draw_one(row, length, row_logits):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(draw.seed), row), length)
+        return jax.random.categorical(key, row_logits / draw.temperature).astype(jnp.int32)
 
-    return jax.vmap(draw)(jnp.arange(logits.shape[0]), seq_lengths, logits)
+    return jax.vmap(draw_one)(jnp.arange(logits.shape[0]), seq_lengths, logits)
 
 
 def project(x, matrix, dtype=None):
