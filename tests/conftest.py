@@ -15,6 +15,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# shard_map needs several devices; everything else runs on the first.
+jax.config.update("jax_num_cpu_devices", 4)
 
 COMPILERS = ("libtpu", "jax_cuda13_plugin")
 
