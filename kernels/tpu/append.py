@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,8 +25,7 @@ def unsupported(problem: AppendProblem) -> str | None:
     cache, way_out = problem.cache, 'implementation="xla", which writes in place too'
     if cache.dtype not in ("bfloat16", "float32"):
         return (
-            f"pools of {cache.dtype} cannot be loaded by a TPU kernel; use bfloat16 or float32, "
-            f"or {way_out}"
+            f"a TPU kernel takes no {cache.dtype} pool; use bfloat16 or float32 pools, or {way_out}"
         )
     if cache.head_dim not in plans.HEAD_DIMS:
         return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; use {way_out}"
@@ -69,9 +68,8 @@ def append(
     units = _units(problem, plan, block_table, seq_lengths, query_start_loc)
     new = [_gather(x, units.first_token, plan) for x in (keys, values)]
     pools = [as_rows(pool, plan.rows) for pool in (key_pool, value_pool)]
-    call = _make_call(problem, plan, pools[0], interpret)
     scalars = (units.block, units.index, units.start, units.stop, layer.reshape(1))
-    pools = call(*scalars, *new, *pools)
+    pools = _make_call(problem, plan, pools[0], interpret)(*scalars, *new, *pools)
     return from_rows(pools[0], plan.rows), from_rows(pools[1], plan.rows)
 
 
