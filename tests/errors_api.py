@@ -156,6 +156,7 @@ STATE = [
     Row("advance negative", lambda: paged_kv.advance(cache(), -1), "must be at least 0"),
     Row("advance past row", lambda: paged_kv.advance(cache(), 8), r"\[5, 1\] within 12 tokens"),
     Row("advance far", lambda: paged_kv.advance(cache(), 2**31 - 1), "within 12 tokens"),
+    Row("advance past int32", lambda: paged_kv.advance(cache(), 2**40), "within 12 tokens"),
     Row("advance float", lambda: paged_kv.advance(cache(), 1.0), "must be an int or int32"),
     Row("advance shape", lambda: paged_kv.advance(cache(), int32([1])), r"\(batch,\) = \(2,\)"),
     Row("truncate longer", lambda: paged_kv.truncate(cache(), int32([6, 0])), "truncate to .*6, 0"),
@@ -357,6 +358,27 @@ CACHE = [
     ),
 ]
 
+
+def merge(out_a=(3, 2, 4), lse_a=(3, 2), out_b=(3, 2, 4), lse_b=(3, 2)):
+    return paged_kv.merge_attention_states(*(kv(*shape) for shape in (out_a, lse_a, out_b, lse_b)))
+
+
+PARTIAL = [
+    Row("merge outs", lambda: merge(out_b=(1, 2, 4)), r"out_b \(1, 2, 4\) must be"),
+    Row("merge lse", lambda: merge(lse_a=(3, 1)), r"lse_a \(3, 1\) must be"),
+    Row("merge other lse", lambda: merge(lse_b=(3,)), r"lse_b \(3,\) must be"),
+    Row(
+        "sinks of other heads",
+        lambda: paged_kv.apply_sinks(kv(3, 2, 4), kv(3, 2), kv(3)),
+        r"sinks \(3,\) must be \(num_query_heads,\) = \(2,\)",
+    ),
+    Row(
+        "sinks and lse",
+        lambda: paged_kv.apply_sinks(kv(3, 2, 4), kv(2, 2), kv(2)),
+        r"lse \(2, 2\) must be",
+    ),
+]
+
 ALLOCATOR = [
     Row(
         "allocator size", lambda: paged_kv.BlockAllocator(0, 16), "num_blocks=0 must be a positive"
@@ -415,4 +437,4 @@ PACKAGE = [
     ),
 ]
 
-ROWS = [*EAGER, *STATE, *APPEND, *ATTEND, *CACHE, *ALLOCATOR, *STRICT, *PACKAGE]
+ROWS = [*EAGER, *STATE, *APPEND, *ATTEND, *CACHE, *PARTIAL, *ALLOCATOR, *STRICT, *PACKAGE]

@@ -197,6 +197,17 @@ def test_window_counts_keys_beside_the_query_itself():
             np.testing.assert_allclose(out[b], own, **CLOSE)
 
 
+@pytest.mark.parametrize("side", [2**31 - 1, 2**40])
+def test_window_wider_than_any_sequence_is_no_window(side):
+    """Also where a position plus the window is past what an int32 holds."""
+    poisoned, query = cache_of(), random_query()
+    wide, none = (
+        attend(query, poisoned.cache, STARTS, is_causal=False, local_window_size=window)
+        for window in ((side, side), None)
+    )
+    assert_same_bits(wide, none)
+
+
 def test_causality_removes_the_right_side_of_a_window():
     poisoned, query = cache_of(), random_query()
     actual = attend(query, poisoned.cache, STARTS, local_window_size=(5, 2))
@@ -280,6 +291,19 @@ def renumbered(cache, order):
         value_pool=cache.value_pool[order],
         block_table=int32(table),
     )
+
+
+def test_non_finite_key_in_a_valid_slot_stays_with_its_own_sequence():
+    poisoned, query = cache_of(), random_query()
+    block = poisoned.cache.block_table[5, 1]
+    pools = {
+        name: getattr(poisoned.cache, name).at[block, 3].set(jnp.nan)
+        for name in ("key_pool", "value_pool")
+    }
+    out, lse = attend(query, dataclasses.replace(poisoned.cache, **pools), STARTS)
+    assert np.isnan(out[9:11]).all()
+    expected = attend(query, poisoned.cache, STARTS)
+    assert_same_bits((out[:9], lse[:9]), (expected[0][:9], expected[1][:9]))
 
 
 def test_window_may_have_given_its_first_blocks_back():

@@ -165,6 +165,25 @@ def attention_out(arrays, cache, query_change):
     return oracle.attention(query, *dense, STARTS, **arrays, **EVERYTHING)[0]
 
 
+def test_gradient_is_the_references_whatever_ran_forward():
+    """One backward pass for all implementations; here behind the TPU kernel in its interpreter."""
+    rng = np.random.default_rng(13)
+    cache = poisoned_cache(rng, [19], num_kv_heads=1).cache
+    query = jnp.asarray(rng.standard_normal((1, 2, 64)), jnp.float32)
+
+    def loss(query, key_pool, value_pool, **options):
+        pooled = paged_kv.PagedKVCache(key_pool, value_pool, *jax.tree.leaves(cache)[2:])
+        return jnp.sum(jnp.sin(paged_kv.paged_attention(query, pooled, **options)))
+
+    arrays = query, cache.key_pool, cache.value_pool
+    actual, expected = (
+        jax.grad(functools.partial(loss, **options), argnums=(0, 1, 2))(*arrays)
+        for options in ({"implementation": "mosaic_tpu", "interpret": True}, {})
+    )
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, **tolerance("gradient"))
+
+
 def test_gradients_have_the_dtypes_of_their_arguments():
     arrays, poisoned = problem(("sinks", "alibi_slopes"))
     dtypes = {"query": "float16", "sinks": "float16", "alibi_slopes": "bfloat16"}
