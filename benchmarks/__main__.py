@@ -53,11 +53,13 @@ def run(case: Case, options: argparse.Namespace, say) -> dict[str, Any]:
     name = options.implementation
     record: dict[str, Any] = {"case": case.name, "op": case.op, "implementation": name or "default"}
     say(f"making {case.num_blocks * case.block_size * case.token_bytes / 2**20:.0f} MiB of cache")
-    rotate = 0 if options.interpret else ROTATE_BYTES
+    is_timed = not (options.interpret or options.check_only)
+    rotate = ROTATE_BYTES if is_timed else 0
     inputs = make_inputs(case, seed=options.seed, rotate_bytes=rotate)
     say("checking the result")
     try:
-        record["problem"] = check(case, inputs, name, options.interpret)
+        wrong = check(case, inputs, name, options.interpret)
+        record["problem"] = wrong and f"wrong: {wrong}"
     except (NotImplementedError, ValueError) as error:
         record["problem"] = f"refused: {error}"
     if record["problem"] or options.check_only:
@@ -142,7 +144,7 @@ def _describe(case: Case) -> str:
 def _report(record: dict[str, Any]) -> str:
     head = f"{record['case']:27} {record['implementation']:10}"
     if record["problem"]:
-        return f"{head} WRONG: {record['problem']}"
+        return f"{head} {record['problem']}"
     if "median_us" not in record:
         return f"{head} right"
     spread = f"({record['low_us']:.1f} .. {record['high_us']:.1f})"

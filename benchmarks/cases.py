@@ -257,7 +257,7 @@ def find(name: str) -> Case:
     """The case of this name or letter; a KeyError names the nearest ones."""
     name = _LETTERS.get(name, name)
     if name not in CASES:
-        near = get_close_matches(name, CASES, 3, 0.4)
+        near = get_close_matches(name, CASES)
         raise KeyError(f"no case {name!r}" + (f", perhaps {' or '.join(near)}" if near else ""))
     return CASES[name]
 

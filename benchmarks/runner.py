@@ -39,7 +39,7 @@ class Runner:
         self.pools = self.inputs.key_pool, self.inputs.value_pool
         if donated:
             self.pools = jax.tree.map(jnp.copy, self.pools)
-        self.schedules = [self._schedule(copy) for copy in range(len(self.inputs.tables))]
+        self.schedules = self._schedules()
 
     def run(self, index: int) -> Any:
         """Dispatches one call and returns its arrays."""
@@ -61,14 +61,16 @@ class Runner:
         names = ("query_start_loc", "implementation", "interpret")
         return {name: self._options[name] for name in names}
 
-    def _schedule(self, copy: int) -> Any:
+    def _schedules(self) -> list[Any]:
+        """One per copy, made outside the time: a model makes one for all its layers."""
+        copies = range(len(self.inputs.tables))
         if self.implementation == BASELINE or self.case.op == APPEND:
-            return None
+            return [None for _ in copies]
         names = ("query_start_loc", "local_window_size", "is_causal", "implementation")
         options = {name: self._options[name] for name in names}
         heads = self.case.num_query_heads
         make = jax.jit(partial(paged_kv.make_schedule, num_query_heads=heads, **options))
-        return make(self.inputs.cache(copy))
+        return [make(self.inputs.cache(copy)) for copy in copies]
 
     def _cache(self, key_pool: jax.Array, value_pool: jax.Array, table: jax.Array):
         return paged_kv.PagedKVCache(key_pool, value_pool, table, self.inputs.seq_lengths)
