@@ -32,12 +32,17 @@ class State(NamedTuple):
     acc: Any  # weighted values, (rows, head_dim)
 
 
-def step(rows: Rows, state: State, scores: Any, weigh: Callable[[Any], Any]) -> State:
-    """Takes in a tile of masked scores; `weigh(weights)` is their product with its values."""
+def weights_of(rows: Rows, state: State, scores: Any) -> tuple[Any, Any, Any, Any]:
+    """(m, l, decay, weights) after a tile of masked scores: what was seen before counts `decay`."""
     m = jnp.maximum(state.m, rows.reduce(jnp.max, scores))
     decay = jnp.exp2(state.m - m)
     weights = jnp.exp2(scores - rows.expand(m, scores.shape))
-    l = state.l * decay + rows.reduce(jnp.sum, weights)
+    return m, state.l * decay + rows.reduce(jnp.sum, weights), decay, weights
+
+
+def step(rows: Rows, state: State, scores: Any, weigh: Callable[[Any], Any]) -> State:
+    """Takes in a tile of masked scores; `weigh(weights)` is their product with its values."""
+    m, l, decay, weights = weights_of(rows, state, scores)
     acc = state.acc * rows.expand(decay, state.acc.shape) + weigh(weights)
     return State(m, l, acc)
 
