@@ -1,0 +1,192 @@
+"""What the kernels of this folder share: copies of cache blocks, rings of tiles, matrix products.
+
+The one gate to Pallas Mosaic GPU: importing this on a JAX that is too old says so.
+
+What the interpreter does not see, so that passing there is not enough:
+  - a wgmma whose left side is in registers, or that starts from an accumulator, does not run at
+    all, and no wgmma is known to the race detector: `matmul` reads the operands plainly instead,
+    and those reads are tracked, so that a slot released too early shows
+  - CTAs run one after another: nothing between CTAs is tested
+  - a TMA copy outside an array fills zeros, as on the device: a wrong block id does not raise
+  - waits for registers (setmaxreg), the order of wgmma in flight, bank conflicts, time
+  - barrier phases left unawaited at the end of a kernel: reported by JAX 0.11, not by 0.12
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import unsupported_version
+
+if (_reason := unsupported_version()) is not None:
+    raise ImportError(_reason)
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..core.problem import Cost
+from ..core.softmax import Rows
+from .plan import Barriers, Buffer, Item, KeyTiles
+
+WGMMA = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+
+ROWS = Rows(
+    reduce=lambda op, tile: op(tile, axis=1),
+    expand=lambda row, shape: lax.broadcast_in_dim(row, shape, (0,)),
+)
+
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+
+
+def interpreter(interpret: Any) -> Any:
+    """None to compile, or the interpreter's parameters; `interpret` is a bool, those, or None."""
+    if interpret is True:
+        return plgpu.InterpretGPUParams()
+    return interpret or None
+
+
+def kernel(body: Any, *, name: str, cost: Cost, **options: Any) -> Any:
+    """`plgpu.kernel` with the settings all kernels here share."""
+    if _TAKES_COST:
+        options["cost_estimate"] = pl.CostEstimate(**cost._asdict())
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # a barrier before every copy otherwise; the kernels place their own
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+        ),
+        **options,
+    )
+
+
+def allocate(parts: dict[str, Buffer | Barriers]) -> dict[str, Any]:
+    """The scratch of a plan as Pallas types."""
+    return {name: _allocate(part) for name, part in parts.items()}
+
+
+def _allocate(part: Buffer | Barriers) -> Any:
+    if isinstance(part, Barriers):
+        return plgpu.Barrier(num_barriers=part.count, num_arrivals=part.arrivals)
+    transforms = ()
+    if part.swizzle:
+        width = part.swizzle // jnp.dtype(part.dtype).itemsize
+        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(part.swizzle))
+    return plgpu.SMEM(part.shape, jnp.dtype(part.dtype), transforms=transforms)
+
+
+class Ring(NamedTuple):
+    """Slots of shared memory that the producer fills and the consumers empty, in turn.
+
+    Step s uses slot s % stages.  A barrier completes once per use of its slot: `full` when every
+    copy has landed, `empty` when every consumer is done.
+    """
+
+    slots: Any  # (stages, ...)
+    full: Any
+    empty: Any
+
+    @property
+    def stages(self) -> int:
+        return self.slots.shape[0]
+
+    def slot(self, step: Any) -> Any:
+        return lax.rem(step, jnp.int32(self.stages))
+
+    def await_empty(self, step: Any) -> None:
+        """Producer: until the slot of this step may be filled."""
+
+        @pl.when(step >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
+
+    def await_full(self, step: Any) -> None:
+        """Consumer: until the slot of this step is filled."""
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def release(self, step: Any) -> None:
+        """Consumer: no more reads of the slot of this step."""
+        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+
+    def drain(self, steps: Any) -> None:
+        """Producer, last: every completion is waited for."""
+        left = jnp.minimum(steps, self.stages)
+
+        @pl.loop(0, left)
+        def _(i):
+            plgpu.barrier_wait(self.empty.at[self.slot(steps - left + i)])
+
+
+def block_ids(table_ref: Any, item: Item, tile: Any, keys: KeyTiles) -> list[Any]:
+    """The cache blocks of a key tile; -1 for those that no query of the item can see."""
+    if keys.tiles_per_block > 1:
+        return [table_ref[item.sequence, divide(tile, keys.tiles_per_block)]]
+    ids = []
+    for i in range(keys.blocks_per_tile):
+        index = tile * keys.blocks_per_tile + i
+        is_seen = (index >= item.block_start) & (index < item.block_stop)
+        # an entry that is not seen is no address; an index past the row is none either
+        within = jnp.clip(index, item.block_start, item.block_stop - 1)
+        ids.append(jnp.where(is_seen, table_ref[item.sequence, within], -1))
+    return ids
+
+
+def copy_tile(
+    pool_ref: Any, ids: list[Any], tile: Any, ring: Ring, step: Any, keys: KeyTiles
+) -> None:
+    """Starts one TMA copy per block into the slot of `step`.
+
+    pool_ref: (blocks, rows_per_block, head_dim); an id outside it brings zeros.
+    """
+    slot = ring.slot(step)
+    for i, block in enumerate(ids):
+        source = pool_ref.at[block]
+        if keys.tiles_per_block > 1:
+            first = pl.multiple_of(keys.origin(tile)[1], 8)
+            source = pool_ref.at[block, pl.ds(first, keys.rows)]
+        target = ring.slots.at[slot, pl.ds(i * keys.copy_rows, keys.copy_rows)]
+        plgpu.copy_gmem_to_smem(source, target, ring.full.at[slot])
+
+
+def matmul(a: Any, b_ref: Any, acc: Any = None, *, is_transposed: bool, is_simulated: bool) -> Any:
+    """`acc + a @ b` in float32 on the tensor core, finished on return.
+
+    a: a ref in shared memory, or an array in registers.
+    b_ref: a ref in shared memory, (n, k) if `is_transposed`, (k, n) otherwise.
+    """
+    if is_simulated:
+        a = a if isinstance(a, jax.Array) else a[...]
+        contract = ((1,), (1 if is_transposed else 0,))
+        product = lax.dot_general(
+            a, b_ref[...], (contract, ((), ())), preferred_element_type=jnp.float32
+        )
+        plgpu.commit_smem()
+        return product if acc is None else acc + product
+    b_ref = b_ref.transpose((1, 0)) if is_transposed else b_ref
+    if acc is not None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_ref))(plgpu.ACC.init(acc))
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b_ref)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b_ref.shape[1]), jnp.float32))
+
+
+def divide(x: Any, n: int) -> Any:
+    """x // n of non-negative int32."""
+    if n & (n - 1) == 0:
+        return lax.shift_right_logical(x, jnp.full_like(x, n.bit_length() - 1)) if n > 1 else x
+    return lax.div(x, jnp.full_like(x, n))
+
+
+def remainder(x: Any, n: int) -> Any:
+    """x % n of non-negative int32."""
+    return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.full_like(x, n))
