@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu locks the machine for one process; a compile needs no such lock.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import hypothesis
 import jax
 import pytest
 
@@ -17,6 +18,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # shard_map needs several devices; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 4)
+# The same examples on every run, and no clock: the first example compiles.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 COMPILERS = ("libtpu", "jax_cuda13_plugin")
 

@@ -121,6 +121,4 @@ class AllocatorAgainstCounting(RuleBasedStateMachine):
 
 
 TestAllocatorAgainstCounting = AllocatorAgainstCounting.TestCase
-TestAllocatorAgainstCounting.settings = settings(
-    max_examples=50, stateful_step_count=20, deadline=None
-)
+TestAllocatorAgainstCounting.settings = settings(max_examples=50, stateful_step_count=20)

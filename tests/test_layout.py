@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_kv.kernels.core import layout
@@ -31,7 +31,6 @@ def starts_of(query_lengths):
     return int32([0, *np.cumsum(query_lengths)])
 
 
-@settings(deadline=None)
 @given(counts, lengths)
 def test_query_tokens_are_the_last_ones_of_their_sequence(query_lengths, seq_lengths):
     tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
@@ -44,7 +43,6 @@ def test_query_tokens_are_the_last_ones_of_their_sequence(query_lengths, seq_len
     assert located[: len(expected)] == expected
 
 
-@settings(deadline=None)
 @given(counts, lengths)
 def test_padding_tokens_have_no_position_and_a_safe_sequence(query_lengths, seq_lengths):
     tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
@@ -53,7 +51,6 @@ def test_padding_tokens_have_no_position_and_a_safe_sequence(query_lengths, seq_
     assert ((np.asarray(tokens.sequence) >= 0) & (np.asarray(tokens.sequence) < BATCH)).all()
 
 
-@settings(deadline=None)
 @given(tables, counts, lengths)
 def test_slots_are_those_of_the_oracle(table, query_lengths, seq_lengths):
     starts = starts_of(query_lengths)
@@ -73,7 +70,6 @@ def test_slots_are_those_of_the_oracle(table, query_lengths, seq_lengths):
     np.testing.assert_array_equal(flat[expected >= 0], expected[expected >= 0])
 
 
-@settings(deadline=None)
 @given(tables, counts, lengths)
 def test_an_invalid_slot_lies_past_the_pool(table, query_lengths, seq_lengths):
     """So that a write there can be dropped; as an index, -1 would be the last block."""
@@ -91,23 +87,24 @@ def test_an_invalid_slot_lies_past_the_pool(table, query_lengths, seq_lengths):
 ranges = st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted)
 
 
-@settings(deadline=None)
 @given(tables, st.lists(ranges, min_size=BATCH, max_size=BATCH))
 def test_entries_are_valid_when_every_key_of_the_range_lies_in_the_pool(table, ranges):
     start, stop = int32(ranges).T
     valid = entries_are_valid(
         int32(table), start, stop, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS
     )
-    columns = [{key // BLOCK_SIZE for key in range(*pair)} for pair in ranges]
     expected = [
-        all(c < MAX_BLOCKS and 0 <= row[c] < NUM_BLOCKS for c in used)
-        for row, used in zip(table, columns, strict=True)
+        stop <= MAX_BLOCKS * BLOCK_SIZE
+        and all(0 <= row[key // BLOCK_SIZE] < NUM_BLOCKS for key in range(start, stop))
+        for row, (start, stop) in zip(table, ranges, strict=True)
     ]
     np.testing.assert_array_equal(valid, expected)
 
 
-def test_one_token_each_counts_up():
-    np.testing.assert_array_equal(layout.one_token_each(3), [0, 1, 2, 3])
+def test_no_start_locations_stand_for_one_token_each():
+    np.testing.assert_array_equal(layout.start_locations(None, 3), [0, 1, 2, 3])
+    starts = int32([0, 2, 2, 5])
+    assert layout.start_locations(starts, 3) is starts
 
 
 def test_as_layers_adds_a_layer_axis_only_where_there_is_none():

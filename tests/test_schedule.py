@@ -71,7 +71,7 @@ def make_valid(variant, lengths, counts, is_packed=True):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(batch=batches(), table=tables)
 def test_sequence_with_a_used_entry_outside_the_pool_attends_as_empty(variant, batch, table):
     lengths, counts = batch
@@ -89,7 +89,7 @@ def test_sequence_with_a_used_entry_outside_the_pool_attends_as_empty(variant, b
 
 @pytest.mark.parametrize("tile_tokens", [1, 4, 5])
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_every_query_token_is_in_one_tile_with_the_keys_it_sees(variant, tile_tokens, batch):
     lengths, counts = batch
@@ -102,7 +102,7 @@ def test_every_query_token_is_in_one_tile_with_the_keys_it_sees(variant, tile_to
     assert_tiles_are_right(tiles, variant, lengths, counts, tile_tokens)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(batch=batches(is_packed=False))
 def test_one_tile_per_sequence_when_each_has_one_token(batch):
     lengths, counts = batch
@@ -134,7 +134,7 @@ def assert_tiles_are_right(tiles, variant, lengths, counts, tile_tokens):
 
 
 @pytest.mark.parametrize("tile_tokens", [1, 4, 5])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_untile_puts_results_back_and_padding_is_empty(tile_tokens, batch):
     out, lse = round_trip(*batch, tile_tokens)

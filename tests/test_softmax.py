@@ -58,7 +58,7 @@ def assert_states_close(actual, expected, name="reference float32"):
         np.testing.assert_allclose(a, b, **tolerance(name))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.permutations(range(NUM_TILES)))
 def test_steps_in_any_order_give_the_dense_softmax(seed, order):
     tiles = random_tiles(seed)
@@ -89,7 +89,7 @@ def partial_states(seed):
         yield jnp.asarray(out, jnp.float32), jnp.asarray(lse, jnp.float32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.permutations(range(NUM_TILES)))
 def test_merge_in_any_order_gives_the_dense_softmax(seed, order):
     parts = list(partial_states(seed))
@@ -99,7 +99,7 @@ def test_merge_in_any_order_gives_the_dense_softmax(seed, order):
     assert_states_close(merged, dense(*random_tiles(seed)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_merge_is_associative(seed):
     a, b, c, *_ = partial_states(seed)
