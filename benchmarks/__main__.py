@@ -85,7 +85,7 @@ def run(case: Case, options: argparse.Namespace, say) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """The device, the versions and the commit that figures belong to."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "python": platform.python_version(),
         "commit": commit,
     }

@@ -62,11 +62,14 @@ def append(
     return key_pool.at[at].set(keys, mode="drop"), value_pool.at[at].set(values, mode="drop")
 
 
-def _gather(cache: Any, row: jax.Array, length: jax.Array) -> list[jax.Array]:
+def _gather(cache: Any, row: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values (tokens, num_kv_heads, head_dim) of one table row, zero past its length."""
     held = jnp.arange(row.shape[0] * cache.block_size) < length
-    dense = [pool[row].reshape(-1, *pool.shape[2:]) for pool in (cache.key_pool, cache.value_pool)]
-    return [jnp.where(held[:, None, None], tokens, 0) for tokens in dense]
+
+    def dense(pool):
+        return jnp.where(held[:, None, None], pool[row].reshape(-1, *pool.shape[2:]), 0)
+
+    return dense(cache.key_pool), dense(cache.value_pool)
 
 
 def _attend(
