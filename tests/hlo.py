@@ -102,7 +102,7 @@ def large_copies(compiled, num_elements):
 
 def _is_in_place(program, instruction, num_elements):
     if instruction.opcode == "custom-call":
-        aliased = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", instruction.rest)
+        aliased = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.rest)
         large = sum(size >= num_elements for size in instruction.sizes)
         return aliased is not None and aliased[1].count("(") >= large
     if instruction.opcode != "fusion":
