@@ -10,7 +10,7 @@ import numpy as np
 class DenseLlama:
     """One sequence; every call appends tokens to it."""
 
-    def __init__(self, config, weights, dtype=np.float32):
+    def __init__(self, config, weights, dtype: type = np.float32):
         self.config, self.dtype = config, dtype
         self.embedding, self.final_norm, self.head, self.inverse_frequencies = (
             np.asarray(weights.embedding, dtype),

@@ -1,4 +1,4 @@
-"""The main job: text from a model on a paged cache, its options, its errors and its accounting."""
+"""The command: its text, its options, its errors and its last line."""
 
 import io
 import os
@@ -7,22 +7,14 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from batches import SHAPE, generated, stand_in_programs
 from default_model import default_model
-from dense_llama import DenseLlama
 from tiny_gguf import CONTEXT, write_tiny_gguf
 
-import paged_kv
-from tools import batch, generate, gguf_model
-from tools.batch import Batch, Options, PromptError
+from tools import generate, gguf_model
+from tools.batch import Batch, Options
 
-QUESTIONS = [
-    "What is the capital of France?",
-    "Name three colours.",
-    "Write one sentence about the sea, and one about the mountains in winter.",
-]
 SUMMARY = re.compile(
     r"prompt: (\d+) tokens, [\d.]+ tokens/s \| decode: (\d+) tokens(?:, [\d.]+ tokens/s)? \| "
     r"blocks of (\d+) tokens: (\d+) used, peak (\d+) of (\d+)"
@@ -41,205 +33,36 @@ def tiny(tiny_path):
     return gguf_model.read_model(tiny_path)
 
 
-def run_batch(model, prompts, options, stop_tokens=None):
-    stop_tokens = model.text.stop_tokens if stop_tokens is None else stop_tokens
-    ragged = Batch(model.config, model.weights, prompts, stop_tokens, options)
-    events = list(ragged.run())
-    return ragged, events
-
-
-def generated(model, prompts, options, **more):
-    return [s.generated for s in run_batch(model, prompts, options, **more)[0].sequences]
+@pytest.fixture
+def programs(monkeypatch):
+    return stand_in_programs(monkeypatch)
 
 
 def run_main(capsys, *arguments):
-    """(status, text on stdout, the summary's numbers, stderr)."""
+    """(status, text on stdout, the numbers of the last line, stderr)."""
     status = generate.main(list(arguments))
     out, err = capsys.readouterr()
     text, _, last = out.removesuffix("\n").rpartition("\n")
     match = SUMMARY.fullmatch(last)
-    return status, text if match else out, match and [int(n) for n in match.groups()], err
-
-
-# --- the real model
+    if match is None:
+        return status, out, [], err
+    return status, text, [int(number) for number in match.groups()], err
 
 
 def test_the_command_answers_with_paris():
     default_model()  # skips or fails as it should where there is no model
     command = [sys.executable, "-m", "tools.generate", "--max-tokens", "16"]
     done = subprocess.run(
-        [*command, "--prompt", QUESTIONS[0]], capture_output=True, text=True, timeout=240
+        [*command, "--prompt", "What is the capital of France?"],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     text, _, last = done.stdout.removesuffix("\n").rpartition("\n")
     assert text == "The capital of France is Paris."
     assert SUMMARY.fullmatch(last), last
     assert "Warning" not in done.stderr and "error" not in done.stderr
-
-
-def test_prompts_in_one_batch_give_what_each_gives_alone_and_with_a_dense_cache():
-    model = default_model()
-    prompts = [model.text.encode_chat(question) for question in QUESTIONS]
-    options = Options(max_tokens=12, num_blocks=24)
-    together = generated(model, prompts, options)
-    alone = [generated(model, [prompt], options)[0] for prompt in prompts]
-    assert together == alone
-    dense = DenseLlama(model.config, model.weights)
-    for prompt, tokens in zip(prompts, together, strict=True):
-        expected, margin = dense.greedy(prompt, 12, model.text.stop_tokens)
-        assert margin > 0.01  # of logits: no tie that rounding could turn
-        assert tokens == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("implementation", "dtype"), [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
-)
-def test_the_kernels_give_the_real_models_first_tokens(implementation, dtype):
-    needs_jax(implementation)
-    default_model()
-    model = gguf_model.read_model(gguf_model.default_model_path(), dtype)
-    prompts = [model.text.encode_chat(QUESTIONS[0])]
-    expected = generated(model, prompts, Options(max_tokens=8, implementation="xla"))
-    options = Options(max_tokens=8, implementation=implementation, interpret=True)
-    assert generated(model, prompts, options) == expected
-
-
-# --- a batch of the tiny model
-
-
-def tiny_prompts(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, 259, length).tolist() for length in lengths]
-
-
-def needs_jax(implementation):
-    if implementation == "mosaic_gpu" and jax.__version_info__ < (0, 11, 2):
-        pytest.skip(f"the GPU kernels need jax >= 0.11.2, and this is {jax.__version__}")
-
-
-# One shape for the tests that compile: 2 prompts, rows of 8 blocks, steps of 16 tokens and of one.
-SHAPE = {"max_tokens": 12, "block_size": 4, "num_blocks": 13}
-
-
-@pytest.mark.parametrize("lengths", [[4, 9], [9, 20]])
-def test_a_ragged_batch_gives_what_the_definition_gives(tiny, monkeypatch, lengths):
-    monkeypatch.setattr(batch, "PROMPT_BUCKETS", (16,))  # 9 and 20 tokens take two steps
-    prompts = tiny_prompts(lengths)
-    found = generated(tiny, prompts, Options(**SHAPE), stop_tokens=set())
-    dense = DenseLlama(tiny.config, tiny.weights, np.float64)
-    assert found == [dense.greedy(prompt, 12)[0] for prompt in prompts]
-
-
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("implementation", "dtype"), [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
-)
-def test_the_kernels_give_the_first_tokens_of_the_reference(tiny_path, implementation, dtype):
-    needs_jax(implementation)
-    model = gguf_model.read_model(tiny_path, dtype)
-    prompts = tiny_prompts([4, 9])
-    shape = {"max_tokens": 8, "block_size": 8, "num_blocks": 8}
-    expected = generated(model, prompts, Options(**shape, implementation="xla"), stop_tokens=set())
-    kernel = Options(**shape, implementation=implementation, interpret=True)
-    assert generated(model, prompts, kernel, stop_tokens=set()) == expected
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    """Stands in for the compiled steps: token 10 + length.  Lists what would be compiled."""
-    compiled = {}
-
-    def compile_step(config, implementation, interpret, structure, shapes):
-        def step(weights, cache, tokens, counts, query_start_loc, draw):
-            cache = paged_kv.advance(cache, jnp.asarray(counts))
-            return np.asarray(10 + cache.seq_lengths), cache
-
-        key = (config, implementation, interpret, structure, shapes)
-        compiled[key] = jax.tree.unflatten(structure, shapes)
-        return step
-
-    monkeypatch.setattr(batch, "compile_step", compile_step)
-    return compiled
-
-
-def test_any_number_of_prompt_lengths_needs_a_bounded_number_of_programs(tiny, programs):
-    for length in range(1, CONTEXT - 3):
-        run_batch(tiny, tiny_prompts([length]), Options(max_tokens=3, num_blocks=1, block_size=96))
-    # 16, 32, 64 and 128 prompt tokens, and decode
-    assert len(programs) == 5
-
-
-def test_every_token_is_yielded_once_and_the_end_last(tiny, programs):
-    ragged, events = run_batch(tiny, tiny_prompts([4, 9]), Options(max_tokens=3), set())
-    assert [s.generated for s in ragged.sequences] == [[14, 15, 16], [19, 20, 21]]
-    for row, sequence in enumerate(ragged.sequences):
-        assert [token for number, token in events if number == row] == [*sequence.generated, None]
-
-
-def test_a_stop_token_ends_its_sequence_unseen_and_frees_its_blocks(tiny, programs):
-    options = Options(max_tokens=5, block_size=2)
-    ragged, events = run_batch(tiny, tiny_prompts([4, 9]), options, stop_tokens={16})
-    assert [s.generated for s in ragged.sequences] == [[14, 15, 16], [19, 20, 21, 22, 23]]
-    assert (0, 16) not in events and events.count((0, None)) == 1
-    assert ragged.allocator.num_free_blocks == ragged.allocator.num_blocks
-
-
-def test_blocks_are_handed_out_as_sequences_grow_and_come_back(tiny, programs):
-    options = Options(max_tokens=8, block_size=4, num_blocks=10)
-    ragged = Batch(tiny.config, tiny.weights, tiny_prompts([4, 9]), frozenset(), options)
-    held = [10 - ragged.allocator.num_free_blocks for _ in ragged.run()]
-    assert held[:4] == [1 + 3, 1 + 3, 2 + 3, 2 + 3]  # 4 and 9 tokens, then 5 and 10
-    assert held[-1] == 0
-    # the last token of a sequence is never cached: 4 + 7 and 9 + 7 tokens
-    assert (ragged.stats.blocks_used, ragged.stats.peak_blocks) == (3 + 4, 7)
-    assert ragged.blocks_needed == 7
-    assert (ragged.stats.prompt_tokens, ragged.stats.decode_tokens) == (13, 14)
-
-
-def test_blocks_of_a_finished_sequence_serve_another(tiny):
-    prompts = tiny_prompts([7, 8])
-    dense = DenseLlama(tiny.config, tiny.weights, np.float64)
-    first, second = (dense.greedy(prompt, 24)[0] for prompt in prompts)
-    stop = next(t for i, t in enumerate(first) if i > 14 and t not in first[:i] + second)
-    place = first.index(stop)
-    options = Options(**{**SHAPE, "max_tokens": 24})
-    ragged, _ = run_batch(tiny, prompts, options, stop_tokens={stop})
-    assert [s.generated for s in ragged.sequences] == [first[: place + 1], second]
-    used = -(-(7 + place) // 4) + 8  # the last token is not cached
-    assert (
-        ragged.stats.blocks_used == used > ragged.allocator.num_blocks >= ragged.stats.peak_blocks
-    )
-
-
-def test_running_out_of_blocks_keeps_what_was_yielded(tiny, programs):
-    options = Options(max_tokens=20, block_size=4, num_blocks=3)
-    ragged = Batch(tiny.config, tiny.weights, tiny_prompts([4]), frozenset(), options)
-    tokens = []
-    with pytest.raises(paged_kv.OutOfBlocksError, match="sequence 1 needs 1 more blocks"):
-        for _, token in ragged.run():
-            tokens.append(token)
-    assert tokens == list(range(14, 23))  # 12 slots: 4 + 8, and one that is not cached
-
-
-def test_generation_ends_at_the_end_of_the_context(tiny, programs):
-    prompts = tiny_prompts([CONTEXT - 2])
-    assert len(generated(tiny, prompts, Options(max_tokens=9), stop_tokens=set())[0]) == 2
-
-
-@pytest.mark.parametrize(
-    ("prompt", "text"),
-    [
-        ([], "prompt 2 is empty"),
-        ([5] * CONTEXT, f"prompt 2 is too long: {CONTEXT} tokens leave no room in .* of {CONTEXT}"),
-    ],
-)
-def test_a_prompt_the_model_cannot_take_is_an_error(tiny, prompt, text):
-    with pytest.raises(PromptError, match=text):
-        Batch(tiny.config, tiny.weights, [[5], prompt], frozenset(), Options())
-
-
-# --- the command, on the tiny model
 
 
 SHAPE_FLAGS = ["--max-tokens", "12", "--block-size", "4", "--num-blocks", "13"]
@@ -251,7 +74,7 @@ def test_texts_come_in_the_order_of_their_prompts(tiny_path, tiny, capsys):
     status, text, numbers, err = run_main(capsys, *arguments)
     prompts = [tiny.text.encode(text) for text in ("hello", "and more")]
     stops = tiny.text.stop_tokens
-    expected = generated(tiny, prompts, Options(**SHAPE))
+    expected = generated(tiny, prompts, SHAPE, stops)
     written = [tiny.text.decode([t for t in tokens if t not in stops]) for tokens in expected]
     assert status == 0
     assert text == f"hello{written[0]}\nand more{written[1]}"
@@ -259,7 +82,7 @@ def test_texts_come_in_the_order_of_their_prompts(tiny_path, tiny, capsys):
     assert (prompt, block_size, total) == (2 + 8, 4, 13)
     assert decode == sum(len(tokens) - 1 for tokens in expected)
     assert 2 <= peak <= used <= 13
-    assert "compiled a step of 16 tokens in" in err and "read Tiny in" in err
+    assert "compiled a prompt step of 16 tokens in" in err and "read Tiny in" in err
 
 
 def test_answers_name_their_questions(tiny_path, capsys, programs):
@@ -297,18 +120,6 @@ def test_a_dash_reads_the_prompt_from_stdin(tiny_path, capsys, monkeypatch, prog
     status, text, numbers, _ = run_main(capsys, *arguments)
     assert status == 0 and text.startswith("two\nlines")
     assert numbers[0] == len("two\nlines")
-
-
-def test_temperature_draws_by_seed(tiny):
-    def tokens(**draw):
-        return generated(tiny, tiny_prompts([4, 9]), Options(**SHAPE, **draw), stop_tokens=set())
-
-    greedy = tokens()
-    drawn = tokens(temperature=1.5, seed=3)
-    assert drawn == tokens(temperature=1.5, seed=3)
-    for other in (greedy, tokens(temperature=1.5, seed=4)):
-        assert drawn[0] != other[0] and drawn[1] != other[1]
-    assert tokens(temperature=0.0, seed=4) == greedy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paged_kv
+from paged_kv.ops import Implementation
 from tools import llama
 
 # Prompt tokens of one step, padded up to the next of these
@@ -33,7 +34,7 @@ class Options:
     seed: int = 0
     block_size: int = 16
     num_blocks: int | None = None  # as many as the prompts can need
-    implementation: str | None = None
+    implementation: Implementation | None = None
     interpret: bool | None = None
 
 
@@ -120,6 +121,9 @@ class Batch:
         Raises:
           paged_kv.OutOfBlocksError: the pool is full; what was yielded stays valid.
         """
+        if any(s.max_length - s.prompt_length > 1 for s in self.sequences):
+            none = np.zeros(len(self.sequences), np.int32)
+            self._program(none, none, None)  # compiled now, no text waits for it later
         while any(s.pending_prompt for s in self.sequences):
             yield from self._prompt_step()
         while not all(s.finished for s in self.sequences):
@@ -157,26 +161,28 @@ class Batch:
     def _step(self, tokens, counts, query_start_loc):
         """Caches `counts` tokens of every sequence: a sampled token of each, and the seconds."""
         self._grow(counts)
-        arguments = (self._weights, self._cache, tokens, counts, query_start_loc, self._draw)
-        program = self._program(len(tokens), arguments)
+        program = self._program(tokens, counts, query_start_loc)
         start = time.perf_counter()
-        sampled, self._cache = program(*arguments)
+        sampled, self._cache = program(*self._arguments(tokens, counts, query_start_loc))
         sampled = np.asarray(sampled)
         return sampled, time.perf_counter() - start
 
-    def _program(self, num_tokens, arguments):
-        """The compiled step of these arguments' shapes."""
-        is_decode = arguments[-2] is None
-        if (num_tokens, is_decode) not in self._programs:
+    def _arguments(self, tokens, counts, query_start_loc):
+        return (self._weights, self._cache, tokens, counts, query_start_loc, self._draw)
+
+    def _program(self, tokens, counts, query_start_loc):
+        """The compiled step for arguments of these shapes."""
+        kind = "decode" if query_start_loc is None else "prompt"
+        name = f"a {kind} step of {len(tokens)} tokens"
+        if name not in self._programs:
+            arguments = self._arguments(tokens, counts, query_start_loc)
             leaves, structure = jax.tree.flatten(arguments)
             shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
             kernels = (self._options.implementation, self._options.interpret)
             start = time.perf_counter()
-            program = compile_step(self._config, *kernels, structure, shapes)
-            self._programs[num_tokens, is_decode] = program
-            seconds = time.perf_counter() - start
-            self._progress(f"compiled a step of {num_tokens} tokens in {seconds:.1f} s")
-        return self._programs[num_tokens, is_decode]
+            self._programs[name] = compile_step(self._config, *kernels, structure, shapes)
+            self._progress(f"compiled {name} in {time.perf_counter() - start:.1f} s")
+        return self._programs[name]
 
     def _grow(self, counts):
         """Hands out the blocks that `counts` more tokens of every sequence need."""

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int32
 
 import paged_kv
+from paged_kv.ops import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,8 @@ class LlamaWeights(NamedTuple):
 class Draw(NamedTuple):
     """How tokens are drawn: from the softmax of logits / temperature."""
 
-    seed: UInt32[Array, ""]
-    temperature: Float32[Array, ""]
+    seed: ArrayLike  # uint32
+    temperature: ArrayLike  # float32
 
 
 def forward(
@@ -66,7 +68,7 @@ def forward(
     num_new_tokens: Int32[Array, " batch"],
     query_start_loc: Int32[Array, " batch_plus_1"] | None = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "batch vocab"], paged_kv.PagedKVCache]:
     """Logits after each sequence's last new token, float32, and the cache with the new tokens.

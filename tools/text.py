@@ -50,7 +50,7 @@ class Text:
     chat_template: str | None
     special: dict[str, str]  # bos_token and eos_token, as templates know them
     stop_tokens: frozenset[int]
-    adds_bos: bool
+    first_token: int | None  # before every text, where the model wants one
 
     @classmethod
     def from_fields(cls, fields: dict) -> "Text":
@@ -81,16 +81,15 @@ class Text:
             chat_template=fields.get("tokenizer.chat_template"),
             special={f"{k}_token": pieces[v] for k, v in ids.items() if v is not None},
             stop_tokens=frozenset(token for token in stops if token is not None),
-            adds_bos=get("add_bos_token", kind == "llama") and ids["bos"] is not None,
+            first_token=ids["bos"] if get("add_bos_token", kind == "llama") else None,
         )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, after the token of a beginning where the model wants one."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if not self.adds_bos:
+        if self.first_token is None or tokens[:1] == [self.first_token]:
             return tokens
-        bos = self.tokenizer.token_to_id(self.special["bos_token"])
-        return tokens if tokens[:1] == [bos] else [bos, *tokens]
+        return [self.first_token, *tokens]
 
     def encode_chat(self, message: str) -> list[int]:
         """Tokens of a conversation in which the user has said `message` and the model is to answer.
