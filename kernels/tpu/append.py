@@ -29,17 +29,13 @@ def unsupported(problem: AppendProblem) -> str | None:
         )
     if cache.head_dim not in plans.HEAD_DIMS:
         return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; use {way_out}"
-    rows, least = cache.rows_per_block, plans.min_rows(cache.dtype)
-    if rows % least:
-        return (
-            f"block_size * num_kv_heads = {rows} is no multiple of {least}, the rows of a "
-            f"{cache.dtype} register; use a block_size that is a multiple of {least}, or {way_out}"
-        )
+    if not any(plans.BlockRows.of(cache).units(cache.dtype)):
+        return f"{plans.no_whole_register(cache)}, or {way_out}"
     plan = plans.plan_append(problem)
     if plan is None:
         return (
-            f"blocks of {rows} rows by {cache.head_dim} do not fit {plans.VMEM_BYTES >> 20} MiB "
-            f"of VMEM; use a smaller block_size, or {way_out}"
+            f"tokens of {cache.num_kv_heads} heads by {cache.head_dim} do not fit "
+            f"{plans.VMEM_BYTES >> 20} MiB of VMEM; use {way_out}"
         )
     if plan.num_units * 16 > plans.SMEM_BYTES:
         return (
@@ -67,17 +63,24 @@ def append(
     assert plan is not None, "unsupported() comes first"
     units = _units(problem, plan, block_table, seq_lengths, query_start_loc)
     new = [_gather(x, units.first_token, plan) for x in (keys, values)]
-    pools = [as_rows(pool, plan.rows) for pool in (key_pool, value_pool)]
-    scalars = (units.block, units.index, units.start, units.stop, layer.reshape(1))
+    pools = [_as_runs(pool, plan) for pool in (key_pool, value_pool)]
+    scalars = (units.block, units.unit, units.start, units.stop, layer.reshape(1))
     pools = _make_call(problem, plan, pools[0], interpret)(*scalars, *new, *pools)
+    pools = [pool.reshape(*pool.shape[:2], plan.rows.count, pool.shape[-1]) for pool in pools]
     return from_rows(pools[0], plan.rows), from_rows(pools[1], plan.rows)
+
+
+def _as_runs(pool: Array, plan: AppendPlan) -> Array:
+    """(layers, blocks, runs, rows of a run, head_dim)."""
+    rows = as_rows(pool, plan.rows)
+    return rows.reshape(*rows.shape[:2], plan.num_runs, -1, rows.shape[-1])
 
 
 class _Units(NamedTuple):
     """The work list, int32 (num_units,) each; units with nothing to do come last."""
 
     block: Array  # physical
-    index: Array  # within the block
+    unit: Array  # within the block
     start: Array  # tokens [start, stop) of the unit are new
     stop: Array
     first_token: Array  # packed index of the unit's token 0, new or not; may be negative
@@ -86,7 +89,7 @@ class _Units(NamedTuple):
 def _units(
     problem: AppendProblem, plan: AppendPlan, table: Array, lengths: Array, starts: Array
 ) -> _Units:
-    batch, size = problem.cache.batch, plan.unit_tokens
+    batch, size = problem.cache.batch, plan.unit.block_size
     first = jnp.maximum(lengths - (starts[1:] - starts[:-1]), 0)
     first_unit = first // size
     counts = jnp.maximum((lengths + (size - 1)) // size - first_unit, 0)
@@ -119,20 +122,20 @@ def _units(
 
 
 def _gather(tokens: Array, first_token: Array, plan: AppendPlan) -> Array:
-    """New tokens as units: (num_units, unit_rows, head_dim)."""
-    token = first_token[:, None] + jnp.arange(plan.unit_tokens, dtype=jnp.int32)[None, :]
+    """New tokens as units: (num_units, runs, rows of a run, head_dim)."""
+    token = first_token[:, None] + jnp.arange(plan.unit.block_size, dtype=jnp.int32)[None, :]
     unit = tokens[jnp.clip(token, 0, tokens.shape[0] - 1)]
     if plan.rows.is_head_major:
         unit = unit.swapaxes(1, 2)
-    return unit.reshape(plan.num_units, plan.unit_rows, tokens.shape[-1])
+    return unit.reshape(plan.num_units, *plan.unit_shape, tokens.shape[-1])
 
 
 def _make_call(problem: AppendProblem, plan: AppendPlan, pool: Array, interpret: Any) -> Any:
-    rows, head_dim = plan.unit_rows, problem.cache.head_dim
-    new = pl.BlockSpec((None, rows, head_dim), lambda i, *_: (i, 0, 0))
+    tile = (*plan.unit_shape, problem.cache.head_dim)
+    new = pl.BlockSpec((None, *tile), lambda i, *_: (i, 0, 0, 0))
     old = pl.BlockSpec(
-        (None, None, rows, head_dim),
-        lambda i, block, index, start, stop, layer: (layer[0], block[i], index[i], 0),
+        (None, None, *tile),
+        lambda i, block, unit, start, stop, layer: (layer[0], block[i], 0, unit[i], 0),
     )
     flops, num_bytes, transcendentals = problem.cost
     return pl.pallas_call(
@@ -155,21 +158,26 @@ def _make_call(problem: AppendProblem, plan: AppendPlan, pool: Array, interpret:
 
 
 def _kernel(plan: AppendPlan, *refs: Any) -> None:
-    _, _, start, stop, _, *refs = refs
+    _, _, start, stop, _, *tiles = refs
     i = pl.program_id(0)
 
     # the first program writes always: what it writes back is what it read, if nothing is new
     @pl.when((start[i] < stop[i]) | (i == 0))
     def _() -> None:
-        for new, old, out in (refs[0::2], refs[1::2]):
-            bits = _new_bits(plan, old, start[i], stop[i])
-            blended = (words(old[...]) & ~bits) | (words(new[...]) & bits)
-            out[...] = pltpu.bitcast(blended, out.dtype)
+        for new, old, out in (tiles[0::2], tiles[1::2]):
+            old_rows, new_rows = (_rows(ref) for ref in (old, new))
+            bits = _new_bits(plan, old_rows, start[i], stop[i])
+            blended = (words(old_rows) & ~bits) | (words(new_rows) & bits)
+            out[...] = pltpu.bitcast(blended, out.dtype).reshape(out.shape)
+
+
+def _rows(ref: Any) -> Any:
+    return ref[...].reshape(-1, ref.shape[-1])
 
 
 def _new_bits(plan: AppendPlan, tile: Any, start: Any, stop: Any) -> Any:
     def is_new(row: Any) -> Any:
-        token = plan.rows.token(row)
+        token = plan.unit.token(row)
         return (token >= start) & (token < stop)
 
-    return row_bits(tile.shape, 4 // jnp.dtype(tile.dtype).itemsize, is_new)
+    return row_bits(tile.shape, 4 // tile.dtype.itemsize, is_new)

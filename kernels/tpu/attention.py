@@ -46,17 +46,13 @@ def unsupported(problem: Problem) -> str | None:
         return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; {way_out}"
     if cache.dtype not in plans.DTYPES:
         return f"pools of {cache.dtype} are none of {', '.join(plans.DTYPES)}; {way_out}"
-    rows, least = cache.rows_per_block, plans.min_rows(cache.dtype)
-    if rows % least:
-        return (
-            f"block_size * num_kv_heads = {rows} is no multiple of {least}, the rows of a "
-            f"{cache.dtype} register; use a block_size that is a multiple of {least}, or "
-            'implementation="xla"'
-        )
+    rows = plans.BlockRows.of(cache)
+    if not any(rows.parts(cache.dtype)):
+        return f'{plans.no_whole_register(cache)}, or implementation="xla"'
     plan = plans.plan_attention(problem)
     if plan is None:
         return (
-            f"{problem.num_query_heads} query heads on blocks of {rows} rows by {cache.head_dim} "
+            f"{problem.num_query_heads} query heads on {rows.count} rows of {cache.head_dim} "
             f"do not fit {plans.VMEM_BYTES >> 20} MiB of VMEM; use a smaller block_size, or "
             'implementation="xla"'
         )
@@ -157,9 +153,9 @@ class _Tile(NamedTuple):
 
 
 def _kernel(problem: Problem, plan: AttentionPlan, *refs: Any) -> None:
-    sequence, first_position, kv_start, kv_stop, layer, query, *refs = refs
-    slopes = refs.pop(0) if problem.variant.has_alibi else None
-    table, key_pool, value_pool, out, lse, keys, values, windows, *semaphores = refs
+    sequence, first_position, kv_start, kv_stop, layer, query, *rest = refs
+    slopes = rest.pop(0) if problem.variant.has_alibi else None
+    table, key_pool, value_pool, out, lse, keys, values, windows, *semaphores = rest
     i, block_size = pl.program_id(0), problem.cache.block_size
     start, stop = kv_start[i], kv_stop[i]
     first_block = lax.div(start, block_size)

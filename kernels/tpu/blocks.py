@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .plan import TABLE_WINDOW, AttentionPlan, BlockRows, Buffer, round_up
 
 # A copy's addresses are right by construction, and the scalar unit has no time to check each.
-COMPILER_PARAMS = {"disable_bounds_checks": True, "disable_semaphore_checks": True}
+COMPILER_PARAMS: dict[str, Any] = {"disable_bounds_checks": True, "disable_semaphore_checks": True}
 
 
 def allocate(buffers: list[Buffer]) -> list[Any]:

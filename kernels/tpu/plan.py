@@ -7,7 +7,7 @@ No Pallas import.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -96,11 +96,27 @@ class BlockRows:
         return lax.div(row, n) if self.is_head_major else lax.rem(row, n)
 
     def parts(self, dtype: Any) -> Iterator[int]:
-        """Into how many equal parts of whole tokens (or heads) a block can be cut, 1 first."""
+        """Into how many equal runs of rows, of whole tokens or heads, a block can be cut."""
         n = self.num_heads if self.is_head_major else self.block_size
         for parts in range(1, n + 1):
             if n % parts == 0 and self.count // parts % min_rows(dtype) == 0:
                 yield parts
+
+    def units(self, dtype: Any) -> Iterator["BlockRows"]:
+        """The aligned groups of tokens that can be rewritten alone, smallest first."""
+        for tokens in range(1, self.block_size + 1):
+            run = tokens if self.is_head_major else tokens * self.num_heads
+            if self.block_size % tokens == 0 and run % min_rows(dtype) == 0:
+                yield replace(self, block_size=tokens)
+
+
+def no_whole_register(cache: CacheShape) -> str:
+    """Why blocks of this size cannot be copied into VMEM, for an error."""
+    least = min_rows(cache.dtype)
+    return (
+        f"block_size={cache.block_size} with num_kv_heads={cache.num_kv_heads} does not fill "
+        f"{cache.dtype} registers of {least} rows; use a block_size that is a multiple of {least}"
+    )
 
 
 @dataclass(frozen=True)
@@ -204,38 +220,43 @@ class AppendPlan:
     """Units of one append call: aligned groups of tokens of a block, rewritten as one."""
 
     rows: BlockRows
-    unit_tokens: int
+    unit: BlockRows  # a unit is laid out as a small block
     num_units: int  # that always suffice
 
     @property
-    def unit_rows(self) -> int:
-        return self.unit_tokens * self.rows.num_heads
+    def num_runs(self) -> int:
+        """Runs of adjacent rows that a unit is made of: one per head, or one."""
+        return self.rows.num_heads if self.rows.is_head_major else 1
 
     @property
-    def units_per_block(self) -> int:
-        return self.rows.block_size // self.unit_tokens
+    def unit_shape(self) -> tuple[int, int]:
+        return self.num_runs, self.unit.count // self.num_runs
 
 
 def plan_append(problem: AppendProblem) -> AppendPlan | None:
     """Units about as long as a sequence's new tokens; None if none fits."""
     cache, rows = problem.cache, BlockRows.of(problem.cache)
     mean = -(-problem.num_tokens // cache.batch) if problem.is_packed else 1
-    counts = [1] if rows.is_head_major else sorted(rows.parts(cache.dtype))
-    plans = [_units(problem, rows, rows.block_size // parts) for parts in counts]
-    fitting = [plan for plan in plans if vmem_bytes(append_buffers(problem, plan)) <= VMEM_BYTES]
-    enough = [plan for plan in fitting if plan.unit_tokens >= mean]
-    return (enough or fitting[:1] or [None])[-1]
+    best = None
+    for unit in rows.units(cache.dtype):
+        plan = AppendPlan(rows, unit, _num_units(problem, unit.block_size))
+        if vmem_bytes(append_buffers(problem, plan)) > VMEM_BYTES:
+            break
+        best = plan
+        if unit.block_size >= mean:
+            break
+    return best
 
 
-def _units(problem: AppendProblem, rows: BlockRows, unit_tokens: int) -> AppendPlan:
+def _num_units(problem: AppendProblem, unit_tokens: int) -> int:
     tokens, batch = problem.num_tokens, problem.cache.batch
     if not problem.is_packed:
-        return AppendPlan(rows, unit_tokens, batch)
+        return batch
     # a sequence's first and last unit may be partial
-    return AppendPlan(rows, unit_tokens, min(tokens, tokens // unit_tokens + 2 * batch))
+    return min(tokens, tokens // unit_tokens + 2 * batch)
 
 
 def append_buffers(problem: AppendProblem, plan: AppendPlan) -> list[Buffer]:
     """Old, new and blended keys and values, two of each, and their bits."""
-    unit = Buffer("vmem", (16, plan.unit_rows, problem.cache.head_dim), problem.cache.dtype)
-    return [unit]
+    tiles = (16, plan.unit.count, problem.cache.head_dim)
+    return [Buffer("vmem", tiles, problem.cache.dtype)]
