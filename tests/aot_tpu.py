@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 import paged_kv
 
+TARGETS = ("v5e", "v6e", "tpu7x")
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -64,59 +66,39 @@ class Case:
         return self.array((tokens, heads, self.head_dim), dtype or self.dtype)
 
 
-def attention(case):
-    """The compiled `paged_attention` of a case, by the kernel."""
+def step(case):
+    """`append_tokens` and `paged_attention` of a case by the kernels, the cache donated; compiled.
+
+    XLA appends to float16 pools: there the step only attends.
+    """
     heads = case.num_kv_heads * case.group
     options = dict(case.options)
     slopes = case.array((heads,), jnp.float32) if options.pop("alibi", False) else None
+    layer = None if case.num_layers is None else 0
 
-    def run(query, cache, starts, slopes):
-        return paged_kv.paged_attention(
-            query,
-            cache,
-            query_start_loc=starts,
-            layer=None if case.num_layers is None else 0,
-            alibi_slopes=slopes,
-            return_residual=True,
-            implementation="mosaic_tpu",
-            **options,
-        )
+    def run(cache, query, new, starts, slopes):
+        same = {"query_start_loc": starts, "layer": layer, "implementation": "mosaic_tpu"}
+        if case.dtype != "float16":
+            cache = paged_kv.append_tokens(cache, new, new, **same)
+        out = paged_kv.paged_attention(query, cache, alibi_slopes=slopes, **same, **options)
+        return out, cache
 
-    return jax.jit(run).lower(case.packed(heads), case.cache, case.starts, slopes).compile()
+    arrays = case.packed(heads), case.packed(case.num_kv_heads), case.starts, slopes
+    return jax.jit(run, donate_argnums=0).lower(case.cache, *arrays).compile()
 
 
 def append(case):
-    """The compiled `append_tokens` of a case, by the kernel, the cache donated."""
+    """`append_tokens` of a case by whatever fits it, the cache donated; compiled."""
     new = case.packed(case.num_kv_heads)
 
     def run(cache, keys, values, starts):
-        return paged_kv.append_tokens(
-            cache,
-            keys,
-            values,
-            query_start_loc=starts,
-            layer=None if case.num_layers is None else 0,
-            implementation="mosaic_tpu",
-        )
+        layer = None if case.num_layers is None else 0
+        return paged_kv.append_tokens(cache, keys, values, query_start_loc=starts, layer=layer)
 
     return jax.jit(run, donate_argnums=0).lower(case.cache, new, new, case.starts).compile()
 
 
-def decode_step(case):
-    """A donated step over all layers of a stacked cache, in a scan, compiled."""
-    heads = case.num_kv_heads * case.group
-    new = case.packed(case.num_kv_heads)
-
-    def step(cache, query, keys, values):
-        cache = paged_kv.advance(cache, 1)
-
-        def layer(carry, index):
-            query, cache = carry
-            out, cache = paged_kv.append_and_attend(query, keys, values, cache, layer=index)
-            return (out, cache), None
-
-        layers = jnp.arange(case.num_layers, dtype=jnp.int32)
-        (out, cache), _ = jax.lax.scan(layer, (query, cache), layers)
-        return out, cache
-
-    return jax.jit(step, donate_argnums=0).lower(case.cache, case.packed(heads), new, new).compile()
+def kernels_of(compiled):
+    """Names of the Mosaic kernels in a program."""
+    call = r'%(\w+?)[.\d]* = .*custom_call_target="tpu_custom_call"'
+    return set(re.findall(call, compiled.as_text()))

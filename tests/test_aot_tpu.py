@@ -1,0 +1,115 @@
+"""The TPU kernels compile for real chips, and copy no pool: read from libtpu's own HLO."""
+
+import dataclasses
+import itertools
+
+import aot_tpu
+import hlo
+import numpy as np
+import pytest
+import steps
+
+pytestmark = pytest.mark.aot
+
+VARIANTS = {
+    "plain": (),
+    "window": (("local_window_size", (100, 0)),),
+    "soft_cap": (("logits_soft_cap", 30.0),),
+    "alibi": (("alibi", True),),
+    "two_sided": (("is_causal", False), ("local_window_size", (7, 5))),
+}
+AXES = {
+    "target": aot_tpu.TARGETS,
+    "head_dim": (64, 80, 96, 128, 192, 256),
+    "block_size": (16, 32, 64, 128),
+    "heads": ((8, 4), (3, 5), (1, 8), (2, 1)),  # kv heads, query heads per kv head
+    "dtype": ("bfloat16", "float16", "float32"),
+    "variant": tuple(VARIANTS),
+    "step": ((None, 8), (384, 4), (24, 8)),  # packed tokens, sequences
+}
+NUM_PAIRWISE = 18
+
+
+def pairs(row):
+    return set(itertools.combinations(enumerate(row), 2))
+
+
+def pairwise_rows():
+    """`NUM_PAIRWISE` rows in which as many pairs of values meet as a greedy search finds."""
+    rng = np.random.default_rng(0)
+    draw = lambda: tuple(values[rng.integers(len(values))] for values in AXES.values())
+    rows, seen = [], set()
+    for _ in range(NUM_PAIRWISE):
+        rows.append(max((draw() for _ in range(300)), key=lambda row: len(pairs(row) - seen)))
+        seen |= pairs(rows[-1])
+    return rows
+
+
+def case_of(row):
+    target, head_dim, block_size, (kv_heads, group), dtype, variant, (tokens, batch) = row
+    options = VARIANTS[variant]
+    return aot_tpu.Case(
+        target, head_dim, block_size, kv_heads, group, dtype, tokens, batch, options
+    )
+
+
+def assert_compiles(row):
+    case = case_of(row)
+    kernels = {"paged_attention"} | ({"paged_append"} if case.dtype != "float16" else set())
+    assert aot_tpu.kernels_of(aot_tpu.step(case)) == kernels
+
+
+IDS = lambda row: "-".join(str(value) for value in row).replace(" ", "")
+
+
+@pytest.mark.parametrize("row", pairwise_rows(), ids=IDS)
+def test_kernels_compile(row):
+    assert_compiles(row)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("head_dim", AXES["head_dim"])
+@pytest.mark.parametrize("target", AXES["target"])
+def test_kernels_compile_in_every_combination(target, head_dim):
+    """Of target, head_dim, block_size, heads and dtype; variants and steps take turns."""
+    turns = itertools.cycle(itertools.product(AXES["variant"], AXES["step"]))
+    for cut in itertools.product(AXES["block_size"], AXES["heads"], AXES["dtype"]):
+        assert_compiles((target, head_dim, *cut, *next(turns)))
+
+
+@pytest.mark.parametrize("tokens, heads", [(None, (64, 1)), (384, (8, 4))])
+def test_kernels_fit_the_smallest_vmem(tokens, heads):
+    """v4 has 16 MiB; 64 kv heads at block size 128 are copied in parts."""
+    case = aot_tpu.Case("v4", 128, 128, *heads, "bfloat16", tokens, 4)
+    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {"paged_attention", "paged_append"}
+
+
+def test_a_table_of_256_sequences_of_a_million_tokens_compiles():
+    """64 MiB of table entries, of which a kernel holds two slices at a time."""
+    case = aot_tpu.Case("v6e", batch=256, max_blocks_per_seq=1 << 16)
+    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {"paged_attention", "paged_append"}
+
+
+# More than VMEM holds: a smaller pool may be moved there and back, which is no copy to avoid.
+SIZES = steps.Sizes(num_blocks=1 << 16)
+
+
+@pytest.mark.parametrize(
+    "num_kv_heads, num_tokens", [(1, None), (3, None), (8, None), (2, 384), (12, 384)]
+)
+def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_tokens):
+    """The kernels are chosen for the target, and see the pool as it lies in memory."""
+    sizes = dataclasses.replace(SIZES, num_kv_heads=num_kv_heads)
+    compiled = steps.compile_donated(sizes, num_tokens, aot_tpu.sharding("v6e"))
+    assert aot_tpu.kernels_of(compiled) == {"paged_attention", "paged_append"}
+    hlo.assert_updated_in_place(compiled, sizes.layer_elements)
+    assert compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
+
+
+def test_donated_append_to_a_float16_stack_copies_no_pool_on_v6e():
+    """By XLA: no kernel can take a float16 pool."""
+    case = aot_tpu.Case("v6e", dtype="float16", num_layers=3, num_blocks=1 << 14)
+    compiled = aot_tpu.append(case)
+    assert not aot_tpu.kernels_of(compiled)
+    hlo.assert_updated_in_place(compiled, case.pool_elements)
