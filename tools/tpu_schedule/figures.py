@@ -1,0 +1,120 @@
+"""The figures of a case on a topology, from the ways of its kernels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .chips import Chip
+from .dump import Dump
+from .machine import Trace
+from .paths import Path, hot_path
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The kernels that a run called, in order, and the work it asked for."""
+
+    calls: tuple[tuple[Dump, Trace], ...]
+    num_bytes: int
+    useful_flops: int
+
+    @property
+    def cycles(self) -> int:
+        return sum(trace.cycles for _, trace in self.calls)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(trace.is_whole for _, trace in self.calls)
+
+    @property
+    def longest(self) -> tuple[Dump, Trace]:
+        return max(self.calls, key=lambda call: call[1].cycles)
+
+
+@dataclass(frozen=True)
+class Hot:
+    """The hot loop of the kernel that takes longest."""
+
+    dump: Dump
+    path: Path
+
+    @property
+    def spills(self) -> int:
+        return self.dump.spills(set(self.path.bundles))
+
+    @property
+    def idle(self) -> float:
+        """Share of cycles in which nothing starts."""
+        bundles = self.dump.bundles
+        return sum(not bundles[at] for at in self.path.bundles) / len(self.path.bundles)
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Share of each unit's slots that are filled."""
+        slots, bundles = self.dump.slots, self.path.bundles
+        return {
+            unit: sum(slots.used[at][index] for at in bundles) / (capacity * len(bundles))
+            for index, (unit, capacity) in enumerate(zip(slots.units, slots.capacity, strict=True))
+            if capacity
+        }
+
+
+def hot_of(ways: Ways) -> Hot:
+    dump, trace = ways.longest
+    return Hot(dump, hot_path(dump, trace))
+
+
+def figures(
+    chip: Chip,
+    dumps: dict[str, Dump],
+    ways: Ways,
+    context: tuple[Ways, Ways] | None,
+    *,
+    is_whole: bool,
+    asks_sequence: bool,
+) -> dict[str, Any]:
+    """Figures by the names of the report; None where the case has no such figure.
+
+    is_whole: cycles per KiB are those of all kernels over all bytes, not the hot loop's.
+    asks_sequence: the whole sequence's cycles are asked for, over its memory time and its peak.
+    """
+    hot = hot_of(ways)
+    path = hot.path
+    num_bytes = path.granules * chip.granule
+    sched = path.cycles / num_bytes * KIB if num_bytes else None
+    if is_whole:
+        sched = ways.cycles / ways.num_bytes * KIB if ways.is_whole and ways.num_bytes else None
+    hbm = chip.hbm_cycles(KIB)
+    sequence = (
+        ways.cycles / chip.hbm_cycles(ways.num_bytes) if ways.is_whole and ways.num_bytes else None
+    )
+    return {
+        "sched_per_kib": _rounded(sched),
+        "hbm_per_kib": _rounded(hbm),
+        "ratio": _rounded(None if sched is None else sched / hbm),
+        "sequence_ratio": _rounded(sequence if asks_sequence else None),
+        "cycles_per_block_copy": _rounded(path.cycles / path.copies if path.copies else None, 2),
+        "hot_loop_spills": hot.spills,
+        "spills": sum(dump.spills(range(len(dump.bundles))) for dump in dumps.values()),
+        "vmem_bytes": max(dump.vmem_bytes for dump in dumps.values()),
+        "mxu_share": _rounded(_mxu_share(chip, ways, context, asks_sequence)),
+    }
+
+
+def _mxu_share(
+    chip: Chip, ways: Ways, context: tuple[Ways, Ways] | None, asks_sequence: bool
+) -> float | None:
+    """Useful flops over the peak: of the whole run, or of what more context adds, full tiles."""
+    if context is not None:
+        less, more = context
+        flops, cycles = more.useful_flops - less.useful_flops, more.cycles - less.cycles
+    elif asks_sequence:
+        flops, cycles = ways.useful_flops, ways.cycles
+    else:
+        return None
+    return flops / cycles / chip.flops_per_cycle
+
+
+def _rounded(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(value, digits)
