@@ -51,6 +51,11 @@ TOLERANCES = {
         0.0,
         "logits up to 20, after two layers of float32 sums of up to 384 products each",
     ),
+    "model bfloat16": Tolerance(
+        2e-2,
+        3 * 2.0**-7,
+        "three layers of 'kernel bfloat16', each added to what is rounded to 8 bits: a last bit",
+    ),
     "hand": Tolerance(1e-6, 1e-6, "one float32 softmax of at most four terms"),
 }
 

@@ -1,0 +1,42 @@
+"""The Mosaic GPU interpreter at its strictest: finds races, fresh memory is NaN.
+
+Tests that use it need jax >= 0.11.2, and a limit on their time: a barrier that is never completed
+is waited for in C++, for ever.
+"""
+
+import contextlib
+
+import jax
+import pytest
+
+from paged_kv.kernels.gpu import unsupported_version
+
+NEEDS_JAX = pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}")
+TIME_LIMIT = pytest.mark.timeout(120, method="thread")
+
+
+def interpreter():
+    """Its parameters."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+
+@contextlib.contextmanager
+def no_races():
+    """Fails if a kernel run within it had a race; leaves the interpreter fit for the next test."""
+    # neither has a public name; from jax 0.12 on a race is an exception
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    try:
+        yield
+        assert not gpu_callbacks.get_races().races_found, "the interpreter found a race"
+    except BaseException:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        raise
+
+
+def run(function, *args):
+    """`function(*args)`, finished and without races."""
+    with no_races():
+        return jax.block_until_ready(function(*args))

@@ -1,0 +1,185 @@
+"""The GPU attention kernel, in the Mosaic GPU interpreter, against the float64 oracle."""
+
+import dataclasses
+import functools
+
+import gpu_interpreter
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+import steps
+from gpu_interpreter import NEEDS_JAX, TIME_LIMIT, interpreter
+from kernel_checks import assert_matches_oracle, covering_forms
+from poison import poisoned_cache
+from tolerances import tolerance
+
+import paged_kv
+
+pytestmark = [NEEDS_JAX, TIME_LIMIT]
+
+CONSTRAINTS = {"block_size": [8, 16, 24, 32, 64, 128], "pool_dtype": ["bfloat16", "float16"]}
+ATTENTION = "paged_kv.kernels.gpu.attention"
+FORMS = covering_forms(**CONSTRAINTS)
+PROBLEMS_PER_FORM = 7
+
+
+def check(number, num_problems):
+    for seed in range(number, number + num_problems * problems.NUM_FORMS, problems.NUM_FORMS):
+        problem = problems.random_problem(seed, **CONSTRAINTS)
+        attend = functools.partial(
+            problems.attend, implementation="mosaic_gpu", interpret=interpreter()
+        )
+        assert_matches_oracle(problem, gpu_interpreter.run(attend, problem))
+
+
+@pytest.mark.parametrize("number", FORMS)
+def test_random_problems(number):
+    check(number, PROBLEMS_PER_FORM)
+
+
+def test_random_problems_are_at_least_60():
+    assert len(FORMS) * PROBLEMS_PER_FORM >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(problems.NUM_FORMS))
+def test_random_problems_of_every_form(number):
+    check(number, 12)
+
+
+def one_problem(lengths, query_lengths=None, *, group=2, poison=np.nan, **sizes):
+    """Causal attention over a poisoned bfloat16 cache: one token a sequence, or a packed batch."""
+    sizes = {"num_kv_heads": 1, "head_dim": 64, "dtype": "bfloat16", **sizes}
+    poisoned = poisoned_cache(np.random.default_rng(5), lengths, poison=poison, **sizes)
+    form = dataclasses.replace(
+        problems.random_form(0),
+        kind="decode", query_dtype="bfloat16", pool_dtype="bfloat16", scale=None, is_causal=True,
+        local_window_size=None, logits_soft_cap=None, has_sinks=False, has_slopes=False,
+    )  # fmt: skip
+    num_tokens, starts = len(lengths), None
+    if query_lengths is not None:
+        num_tokens = sum(query_lengths) + 2
+        starts = jnp.asarray(np.cumsum([0, *query_lengths]), jnp.int32)
+    shape = (num_tokens, group * sizes["num_kv_heads"], sizes["head_dim"])
+    query = jnp.asarray(np.random.default_rng(6).standard_normal(shape), jnp.bfloat16)
+    return problems.Problem("one", form, query, poisoned, starts, None, None, None)
+
+
+@jax.jit
+def call(query, cache, starts):
+    return paged_kv.paged_attention(
+        query, cache, query_start_loc=starts, return_residual=True,
+        implementation="mosaic_gpu", interpret=interpreter(),
+    )  # fmt: skip
+
+
+def attend(problem):
+    arguments = problem.query, problem.cache, problem.query_start_loc
+    return gpu_interpreter.run(call, *arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block_size": 8, "num_kv_heads": 3},  # tiles of whole blocks, and rows of none
+        {"block_size": 136, "num_kv_heads": 1},  # the last tile of a block is partly empty
+        {"block_size": 24, "num_kv_heads": 7},  # tiles that start within a token
+        {"block_size": 8, "num_kv_heads": 64, "group": 1},  # one token a tile
+        {"block_size": 8, "num_kv_heads": 66, "group": 2},  # more rows than two warpgroups have
+    ],
+    ids=lambda sizes: "-".join(f"{value}" for value in sizes.values()),
+)
+def test_any_block_size_and_number_of_heads(sizes):
+    problem = one_problem([17, 0, sizes["block_size"], 2 * sizes["block_size"] + 1], **sizes)
+    assert_matches_oracle(problem, attend(problem))
+
+
+def test_one_sequence_of_many_tiles_and_queries():
+    """Every slot of the rings is used several times, by both consumers."""
+    problem = one_problem([700, 3], [40, 2], block_size=32, num_kv_heads=2, group=3)
+    assert_matches_oracle(problem, attend(problem))
+
+
+def test_a_batch_of_empty_sequences():
+    out, lse = attend(one_problem([0, 0, 0]))
+    assert not np.asarray(out).any()
+    assert np.all(np.asarray(lse) == -np.inf)
+
+
+def test_poison_does_not_change_a_bit():
+    results = [attend(one_problem([40, 1, 17], poison=poison)) for poison in (np.nan, np.inf, 3.0)]
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_same_inputs_give_the_same_bits():
+    problem = one_problem([90, 33], [20, 1], num_kv_heads=2)
+    jax.tree.map(np.testing.assert_array_equal, attend(problem), attend(problem))
+
+
+def test_scan_over_a_stack_matches_the_reference():
+    """Append and attend in every layer, the layer traced, as a model does."""
+    sizes = steps.Sizes(num_blocks=24, block_size=16, head_dim=64, dtype="bfloat16")
+    shapes = steps.arguments(sizes, num_tokens=24)
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal(shapes[0].shape), jnp.bfloat16)
+    starts = jnp.asarray([0, 1, 20, 20, 22], jnp.int32)
+    stack = poisoned_cache(
+        rng,
+        [30, 0, 16, 7],
+        capacity=[31, 19, 16, 9],
+        num_layers=3,
+        num_kv_heads=2,
+        dtype="bfloat16",
+    )
+    kernel = {"implementation": "mosaic_gpu", "interpret": interpreter()}
+    arguments = x, starts, stack.cache
+    expected = jax.jit(functools.partial(steps.model_step, implementation="xla"))(*arguments)
+    actual = gpu_interpreter.run(jax.jit(functools.partial(steps.model_step, **kernel)), *arguments)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(value, np.float32) for value in (a, b))
+        np.testing.assert_allclose(a, b, **tolerance("model bfloat16"))
+
+
+@pytest.fixture
+def mutate(monkeypatch):
+    """Breaks the kernel, to show that the tests above can fail."""
+    jax.clear_caches()
+    yield monkeypatch.setattr
+    jax.clear_caches()
+
+
+def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
+    mutate(f"{ATTENTION}._clear_tail", lambda *args: None)
+    out, _ = attend(one_problem([43, 18]))
+    assert np.isnan(np.asarray(out, np.float32)).any()
+
+
+def test_padding_that_is_not_zeroed_shows(mutate):
+    mutate(f"{ATTENTION}._zero_padding", lambda cta: None)
+    out, _ = attend(one_problem([48, 24], block_size=24, num_kv_heads=3))
+    assert np.isnan(np.asarray(out, np.float32)).any()
+
+
+def test_a_slot_released_too_early_shows(mutate):
+    """Plain reads stand for wgmma in the interpreter, which does not track the latter."""
+    from paged_kv.kernels.gpu.blocks import Ring
+
+    await_full, release = Ring.await_full, Ring.release
+
+    def await_and_release(self, step):
+        await_full(self, step)
+        release(self, step)
+
+    mutate(Ring, "await_full", await_and_release)
+    mutate(Ring, "release", lambda self, step: None)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        attend(one_problem([1500], block_size=32, num_kv_heads=2))
+
+
+def test_a_missing_wait_shows(mutate):
+    mutate("paged_kv.kernels.gpu.blocks.Ring.await_full", lambda self, step: None)
+    with pytest.raises(Exception, match=r"(?i)race|phase"):
+        attend(one_problem([47, 20]))
