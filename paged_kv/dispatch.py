@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import reference
+from . import lazy, reference
 from .kernels.core import layout
 from .kernels.core.problem import AppendProblem, Problem
 from .kernels.core.schedule import Schedule
@@ -78,13 +78,16 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands):
 
     def kernel_fn(module: ModuleType, *arrays):
         query, key_pool, value_pool, slopes, operands = arrays
-        layer, schedule = _safe_layer(operands, key_pool)
-        call = partial(module.attend, problem, interpret=choice.interpret)
         pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        schedule = operands.schedule
+        layer, lengths = _safe_layer(operands.layer, schedule.seq_lengths, pools[0])
+        schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
+        call = partial(module.attend, problem, interpret=choice.interpret)
         return call(query, *pools, operands.block_table, schedule, slopes, layer)
 
+    results = lambda query, *_: (query, query[..., 0].astype(jnp.float32))
     arrays = (query, key_pool, value_pool, slopes, operands)
-    return _choose("attention", problem, choice, kernel_fn, reference_fn, arrays)
+    return _choose("attention", problem, choice, kernel_fn, reference_fn, arrays, results)
 
 
 def _attend_forward(problem, choice, query, key_pool, value_pool, slopes, operands):
@@ -106,6 +109,15 @@ def _attend_backward(problem, choice, residuals, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+class Targets(NamedTuple):
+    """Arrays that say where an append writes."""
+
+    block_table: Array
+    seq_lengths: Array
+    query_start_loc: Array
+    layer: Array
+
+
 def append(
     problem: AppendProblem,
     choice: Choice,
@@ -113,31 +125,45 @@ def append(
     values: Array,
     key_pool: Array,
     value_pool: Array,
-    block_table: Array,
-    seq_lengths: Array,
-    query_start_loc: Array,
-    layer: Array,
+    targets: Targets,
 ) -> tuple[Array, Array]:
-    """Both pools with the new tokens written."""
+    """Both pools with the new tokens written, differentiable in keys, values and pools."""
     _check_device(choice, keys)
-
-    def reference_fn(keys, values, key_pool, value_pool, *arrays):
-        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
-        return _like(key_pool, reference.append(keys, values, *pools, *arrays))
-
-    def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, table, lengths, *rest):
-        starts, layer = rest
-        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
-        is_layer = (layer >= 0) & (layer < pools[0].shape[0])
-        lengths = jnp.where(is_layer, lengths, 0)
-        layer = jnp.clip(layer, 0, pools[0].shape[0] - 1)
-        call = partial(module.append, problem, interpret=choice.interpret)
-        return _like(key_pool, call(keys, values, *pools, table, lengths, starts, layer))
-
     dtype = key_pool.dtype
-    arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool)
-    arrays = _uniform((*arrays, block_table, seq_lengths, query_start_loc, layer))
-    return _choose("append", problem, choice, kernel_fn, reference_fn, arrays)
+    arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool, targets)
+    return _append(problem, choice, *_uniform(arrays))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _append(problem, choice, keys, values, key_pool, value_pool, targets):
+    def reference_fn(keys, values, key_pool, value_pool, targets):
+        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        return _like(key_pool, reference.append(keys, values, *pools, *targets))
+
+    def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, targets):
+        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        layer, lengths = _safe_layer(targets.layer, targets.seq_lengths, pools[0])
+        arrays = (targets.block_table, lengths, targets.query_start_loc, layer)
+        call = partial(module.append, problem, interpret=choice.interpret)
+        return _like(key_pool, call(keys, values, *pools, *arrays))
+
+    results = lambda keys, values, key_pool, value_pool, _: (key_pool, value_pool)
+    arrays = (keys, values, key_pool, value_pool, targets)
+    return _choose("append", problem, choice, kernel_fn, reference_fn, arrays, results)
+
+
+def _append_forward(problem, choice, keys, values, key_pool, value_pool, targets):
+    return _append(problem, choice, keys, values, key_pool, value_pool, targets), targets
+
+
+def _append_backward(problem, choice, targets, cotangents):
+    del choice  # one backward pass for all implementations
+    pools = tuple(map(layout.as_layers, cotangents))
+    d_new = reference.append_transposed(problem.num_tokens, *pools, *targets)
+    return *d_new[:2], *_like(cotangents[0], d_new[2:]), None
+
+
+_append.defvjp(_append_forward, _append_backward)
 
 
 def _choose(
@@ -147,6 +173,7 @@ def _choose(
     kernel_fn: Callable,
     reference_fn: Callable,
     arrays: tuple,
+    results: Callable,
 ) -> Any:
     """Runs the named implementation, or the best for the platform lowered for."""
     if choice.implementation == "xla":
@@ -162,7 +189,8 @@ def _choose(
     for name, backend in BACKENDS.items():
         module, reason = _load(name, op, problem)
         if reason is None:
-            branches[backend.platform] = _batchable(partial(kernel_fn, module))
+            kernel = lazy.on_platform(backend.platform, partial(kernel_fn, module), results)
+            branches[backend.platform] = _batchable(kernel)
     return lax.platform_dependent(*arrays, **branches, default=reference_fn)
 
 
@@ -209,14 +237,11 @@ def _check_device(choice: Choice, array: Any) -> None:
         )
 
 
-def _safe_layer(operands: Operands, key_pool: Array) -> tuple[Array, Schedule]:
-    """A layer inside the stack; where it was outside, no sequence has tokens."""
-    num_layers = layout.as_layers(key_pool).shape[0]
-    layer, schedule = operands.layer, operands.schedule
+def _safe_layer(layer: Array, lengths: Array, pool: Array) -> tuple[Array, Array]:
+    """A layer inside the stack, and lengths: where it was outside, no sequence has tokens."""
+    num_layers = pool.shape[0]
     is_layer = (layer >= 0) & (layer < num_layers)
-    lengths = jnp.where(is_layer, schedule.seq_lengths, 0)
-    schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
-    return jnp.clip(layer, 0, num_layers - 1), schedule
+    return jnp.clip(layer, 0, num_layers - 1), jnp.where(is_layer, lengths, 0)
 
 
 def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:

@@ -45,6 +45,8 @@ def append_tokens(
         platform the program is lowered for.
       interpret: True, or the backend's interpreter parameters, to run a named kernel on CPU.
 
+    Differentiable (reverse mode) in keys, values and pools.
+
     Raises:
       ValueError: shapes, dtypes, `layer` or `query_start_loc` do not fit the cache; for concrete
         arrays also when a new token has no allocated slot.
@@ -58,7 +60,7 @@ def append_tokens(
     validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
     validate_values.new_slots(cache, problem.cache, query_start_loc)
     starts = layout.start_locations(query_start_loc, problem.cache.batch)
-    arrays = (cache.block_table, cache.seq_lengths, starts, layer)
+    targets = dispatch.Targets(cache.block_table, cache.seq_lengths, starts, layer)
     with jax.named_scope("paged_kv.append"):
         key_pool, value_pool = _append(
             problem,
@@ -67,7 +69,7 @@ def append_tokens(
             values,
             cache.key_pool,
             cache.value_pool,
-            *arrays,
+            targets,
         )
     return replace(cache, key_pool=key_pool, value_pool=value_pool)
 

@@ -158,9 +158,39 @@ def append(
     layer: Array,
 ) -> tuple[Array, Array]:
     """Both pools with the new tokens in their slots; tokens without a slot are dropped."""
-    num_layers, num_blocks, block_size = key_pool.shape[:3]
+    at = _new_slots(keys.shape[0], key_pool, block_table, seq_lengths, query_start_loc, layer)
+    write = lambda pool, new: pool.at[at].set(new.astype(pool.dtype), mode="drop")
+    return write(key_pool, keys), write(value_pool, values)
+
+
+def append_transposed(
+    num_tokens: int,
+    d_key_pool: Array,
+    d_value_pool: Array,
+    block_table: Array,
+    seq_lengths: Array,
+    query_start_loc: Array,
+    layer: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Cotangents of keys, values and the old pools, whose slots were overwritten."""
+    at = _new_slots(num_tokens, d_key_pool, block_table, seq_lengths, query_start_loc, layer)
+    read = lambda pool: pool.at[at].get(mode="fill", fill_value=0)
+    wipe = lambda pool: pool.at[at].set(jnp.zeros((), pool.dtype), mode="drop")
+    return read(d_key_pool), read(d_value_pool), wipe(d_key_pool), wipe(d_value_pool)
+
+
+def _new_slots(
+    num_tokens: int,
+    pool: Array,
+    block_table: Array,
+    seq_lengths: Array,
+    query_start_loc: Array,
+    layer: Array,
+) -> tuple[Array, Array, Array]:
+    """(layer, block, offset) of each new token; past the pool where it has no slot."""
+    num_layers, num_blocks, block_size = pool.shape[:3]
     batch, max_blocks = block_table.shape
-    token = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence = _sequence_of(token, query_start_loc)
     is_real = sequence < batch
     sequence = jnp.minimum(sequence, batch - 1)
@@ -169,10 +199,7 @@ def append(
     is_real &= (position >= 0) & (index < max_blocks) & (layer >= 0) & (layer < num_layers)
     block = block_table[sequence, jnp.clip(index, 0, max_blocks - 1)]
     # an index of -1 would write the last block: what has no slot goes past the end and is dropped
-    block = jnp.where(is_real & (block >= 0), block, num_blocks)
-    at = (layer, block, position % block_size)
-    write = lambda pool, new: pool.at[at].set(new.astype(pool.dtype), mode="drop")
-    return write(key_pool, keys), write(value_pool, values)
+    return layer, jnp.where(is_real & (block >= 0), block, num_blocks), position % block_size
 
 
 # ---- tiles of queries ----------------------------------------------------------------------------
