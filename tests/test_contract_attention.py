@@ -351,9 +351,14 @@ def test_sequence_with_a_used_entry_outside_the_pool_attends_as_empty_under_jit(
 
 def test_sequence_longer_than_its_row_attends_as_empty_under_jit():
     poisoned, query = cache_of(), random_query()
-    room = poisoned.cache.max_blocks_per_seq * poisoned.cache.block_size
-    lengths = poisoned.cache.seq_lengths.at[5].set(room + 1)
-    out, lse = attend(query, dataclasses.replace(poisoned.cache, seq_lengths=lengths), STARTS)
+    cache = poisoned.cache
+    room = cache.max_blocks_per_seq * cache.block_size
+    full = dataclasses.replace(  # every entry of its row is a block: only the length is wrong
+        cache,
+        block_table=cache.block_table.at[5].set(cache.block_table[5, 0]),
+        seq_lengths=cache.seq_lengths.at[5].set(room + 1),
+    )
+    out, lse = attend(query, full, STARTS)
     np.testing.assert_array_equal(out[9:11], 0)
     np.testing.assert_array_equal(lse[9:11], -np.inf)
 

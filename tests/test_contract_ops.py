@@ -274,7 +274,11 @@ def invalid_appends():
     entry = lambda value: dataclasses.replace(
         cache, block_table=cache.block_table.at[5, 40 // 16].set(value)
     )
-    longer = dataclasses.replace(cache, seq_lengths=cache.seq_lengths.at[5].set(10_000))
+    longer = dataclasses.replace(  # every entry of its row is a block: only the length is wrong
+        cache,
+        block_table=cache.block_table.at[5].set(cache.block_table[5, 0]),
+        seq_lengths=cache.seq_lengths.at[5].set(10_000),
+    )
     return {
         "through_minus_one": entry(-1),
         "through_a_negative_id": entry(-7),

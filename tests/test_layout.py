@@ -13,7 +13,7 @@ BATCH, MAX_BLOCKS, BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 3, 4, 5, 9, 12
 
 lengths = st.lists(st.integers(0, MAX_BLOCKS * BLOCK_SIZE + 3), min_size=BATCH, max_size=BATCH)
 counts = st.lists(st.integers(0, 4), min_size=BATCH, max_size=BATCH)
-entries = st.integers(0, NUM_BLOCKS - 1) | st.sampled_from([-1, -7, NUM_BLOCKS, 2**30, -(2**31)])
+entries = st.sampled_from([*range(NUM_BLOCKS), -1, -7, NUM_BLOCKS, 2**30, -(2**31)])
 tables = st.lists(
     st.lists(entries, min_size=MAX_BLOCKS, max_size=MAX_BLOCKS), min_size=BATCH, max_size=BATCH
 )
@@ -84,7 +84,8 @@ def test_an_invalid_slot_lies_past_the_pool(table, query_lengths, seq_lengths):
     assert (np.asarray(slots.block)[~np.asarray(slots.is_valid)] == NUM_BLOCKS).all()
 
 
-ranges = st.tuples(st.integers(0, 24), st.integers(0, 24)).map(sorted)
+borders = st.sampled_from([0, 1, 4, 5, 6, 9, 10, 11, 14, 15, 16, 19, 20, 21, 24])
+ranges = st.tuples(borders, borders).map(sorted)
 
 
 @given(tables, st.lists(ranges, min_size=BATCH, max_size=BATCH))
