@@ -165,6 +165,59 @@ def attention_out(arrays, cache, query_change):
     return oracle.attention(query, *dense, STARTS, **arrays, **EVERYTHING)[0]
 
 
+def appended(arrays, cache):
+    """The arrays with new keys and values written to the pools, by the oracle."""
+    slots = oracle.slots(
+        np.asarray(cache.block_table),
+        np.asarray(cache.seq_lengths),
+        cache.block_size,
+        cache.num_blocks,
+        STARTS,
+        NUM_TOKENS,
+    )
+    arrays = dict(arrays)
+    for pool, new in zip(POOLS, ("keys", "values"), strict=True):
+        arrays[pool] = oracle.append(arrays[pool], arrays.pop(new), slots)
+    return arrays
+
+
+def test_gradient_through_append_is_the_oracles():
+    """In the query, the new keys and values, and the pools, where a slot written over counts 0."""
+    arrays, poisoned = problem()
+    rng = np.random.default_rng(14)
+    new = {
+        name: jnp.asarray(rng.standard_normal((NUM_TOKENS, 2, 8)), jnp.float32)
+        for name in ("keys", "values")
+    }
+    arrays, cache, c = {**arrays, **new}, poisoned.cache, cotangents()[0]
+
+    @jax.jit
+    @jax.grad
+    def gradient(arrays):
+        query, keys, values, *pools = (arrays[k] for k in ("query", "keys", "values", *POOLS))
+        pooled = paged_kv.PagedKVCache(*pools, cache.block_table, cache.seq_lengths)
+        out, _ = paged_kv.append_and_attend(
+            query, keys, values, pooled, query_start_loc=jnp.asarray(STARTS, jnp.int32)
+        )
+        return jnp.sum(out * jnp.asarray(c, jnp.float32))
+
+    def loss(arrays):
+        arrays = appended(arrays, cache)
+        query, *pools = (arrays[name] for name in ("query", *POOLS))
+        return np.sum(c * oracle.attention(query, *(dense_of(p, cache) for p in pools), STARTS)[0])
+
+    actual, step = gradient(arrays), 1e-5
+    exact = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+    for name, x in exact.items():
+        assert np.isfinite(actual[name]).all(), f"poison reached the gradient of {name}"
+        direction = rng.standard_normal(x.shape)
+        above, below = (loss({**exact, name: x + h * direction}) for h in (step, -step))
+        along = np.sum(np.asarray(actual[name], np.float64) * direction)
+        np.testing.assert_allclose(
+            along, (above - below) / (2 * step), **tolerance("gradient"), err_msg=name
+        )
+
+
 def test_gradient_is_the_references_whatever_ran_forward():
     """One backward pass for all implementations; here behind the TPU kernel in its interpreter."""
     rng = np.random.default_rng(13)
