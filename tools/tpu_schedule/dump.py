@@ -17,8 +17,8 @@ MEMORY = "post-delay-converter"
 
 _FILE = re.compile(rf"\d+-(.+?)-\d+-({BUNDLES}|{SLOTS}|{MEMORY})\.txt")
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(?:[A-Z][A-Z ]*)?:[\s>]*\{(.*)\}\s*$")
+_RESULTS = re.compile(r"/\* (kDiv|kRem) \*/")  # the one comment that says what an operation does
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
-_REMAINDER = "/* kRem */"  # the one comment that says what an operation does
 _ALLOCATION = re.compile(
     r"#allocation\w+ \[shape = '[^']*', space=vmem, size = (0x[0-9a-f]+|\d+)"
     r"(?:, offset = (0x[0-9a-f]+|\d+))?([^\]]*)\]"
@@ -82,7 +82,7 @@ def read(folder: Path, names: Iterable[str]) -> dict[str, Dump]:
 def parse_bundles(text: str) -> tuple[tuple[str, ...], ...]:
     """The operations of every bundle, indexed by its address."""
     bundles = []
-    for line in _COMMENT.sub(" ", text.replace(_REMAINDER, " kRem")).splitlines():
+    for line in _COMMENT.sub(" ", _RESULTS.sub(r" \1", text)).splitlines():
         if not (match := _BUNDLE.match(line)):
             continue
         if int(match[1], 0) != len(bundles):

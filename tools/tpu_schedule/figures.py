@@ -12,32 +12,41 @@ KIB = 1024
 
 
 @dataclass(frozen=True)
+class Call:
+    """One kernel and its way; `filled` is the share of the pools' bytes that is not padding."""
+
+    dump: Dump
+    trace: Trace
+    filled: float = 1.0
+
+
+@dataclass(frozen=True)
 class Ways:
     """The kernels that a run called, in order, and the work it asked for."""
 
-    calls: tuple[tuple[Dump, Trace], ...]
+    calls: tuple[Call, ...]
     num_bytes: int
     useful_flops: int
 
     @property
     def cycles(self) -> int:
-        return sum(trace.cycles for _, trace in self.calls)
+        return sum(call.trace.cycles for call in self.calls)
 
     @property
     def is_whole(self) -> bool:
-        return all(trace.is_whole for _, trace in self.calls)
-
-    @property
-    def longest(self) -> tuple[Dump, Trace]:
-        return max(self.calls, key=lambda call: call[1].cycles)
+        return all(call.trace.is_whole for call in self.calls)
 
 
 @dataclass(frozen=True)
 class Hot:
     """The hot loop of the kernel that takes longest."""
 
-    dump: Dump
+    call: Call
     path: Path
+
+    @property
+    def dump(self) -> Dump:
+        return self.call.dump
 
     @property
     def spills(self) -> int:
@@ -61,8 +70,8 @@ class Hot:
 
 
 def hot_of(ways: Ways) -> Hot:
-    dump, trace = ways.longest
-    return Hot(dump, hot_path(dump, trace))
+    longest = max(ways.calls, key=lambda call: call.trace.cycles)
+    return Hot(longest, hot_path(longest.dump, longest.trace))
 
 
 def figures(
@@ -81,7 +90,7 @@ def figures(
     """
     hot = hot_of(ways)
     path = hot.path
-    num_bytes = path.granules * chip.granule
+    num_bytes = path.granules * chip.granule * hot.call.filled
     sched = path.cycles / num_bytes * KIB if num_bytes else None
     if is_whole:
         sched = ways.cycles / ways.num_bytes * KIB if ways.is_whole and ways.num_bytes else None

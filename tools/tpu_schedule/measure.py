@@ -16,7 +16,7 @@ from benchmarks import cases
 
 from . import dump
 from .chips import Chip, chip_of
-from .figures import Hot, Ways, figures, hot_of
+from .figures import Call, Hot, Ways, figures, hot_of
 from .machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -103,5 +103,5 @@ def _follow(chip: Chip, dumps: dict[str, dump.Dump], arrays: Any, run: dict[str,
         kernel = dumps[call["kernel"]]
         operands = [None if n is None else arrays[f"arr_{n}"] for n in call["operands"]]
         machine = Machine(chip, kernel.bundles, operands, frozenset(call["pools"]))
-        calls.append((kernel, machine.run()))
+        calls.append(Call(kernel, machine.run(), call["filled"]))
     return Ways(tuple(calls), run["num_bytes"], run["useful_flops"])

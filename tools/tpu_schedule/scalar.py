@@ -27,7 +27,7 @@ _EXPRESSIONS = {
     "smin.u32": "smaller({0}, {1}, 0xFFFFFFFF)",
     "smax.s32": "larger({0}, {1})",
     "smax.u32": "larger({0}, {1}, 0xFFFFFFFF)",
-    "spop.drf": "{0}",
+    "spop.drf": "{0}.pop(0)",
     "smov": "{0}",
     "pmov": "{0}",
     "pneg": "invert({0})",
@@ -132,7 +132,8 @@ def _value(name: str, rest: str, register: str) -> str:
     if name.startswith("int_to_ptr."):
         return arguments[0]
     if name == "sdivrem.u32":
-        return f"divide({arguments[0]}, {arguments[1]}, want_remainder={rest.endswith('kRem')})"
+        results = rest.rpartition(" ")[2]
+        return f"divide({arguments[0]}, {arguments[1]}, {results!r})"
     if name.startswith("scmp.") and name.split(".")[2] in ("s32", "u32"):
         _, relation, dtype, *_ = name.split(".")
         if dtype == "u32":

@@ -89,13 +89,13 @@ def larger(a: Any, b: Any, mask: int = -1) -> Any:
     return select((a & mask) >= (b & mask), a, b)
 
 
-def divide(a: Any, b: Any, want_remainder: bool) -> Any:
-    """Unsigned quotient or remainder; what a division by 0 gives is unknown."""
-    if not (isinstance(a, int) and isinstance(b, int)):
-        return _unknown(a, b)
-    if not b:
-        return Unknown("a division by 0")
-    return signed(divmod(a & 0xFFFFFFFF, b & 0xFFFFFFFF)[want_remainder])
+def divide(a: Any, b: Any, results: str) -> list[Any]:
+    """What a division leaves to be popped: quotient, remainder, or one after the other."""
+    if isinstance(a, int) and isinstance(b, int) and b:
+        quotient, remainder = map(signed, divmod(a & 0xFFFFFFFF, b & 0xFFFFFFFF))
+    else:
+        quotient = remainder = Unknown("a division by 0") if b == 0 else _unknown(a, b)
+    return {"kDiv": [quotient], "kRem": [remainder]}.get(results, [quotient, remainder])
 
 
 def _unknown(a: Any, b: Any) -> Unknown:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 from . import operands
 from .program import Program, Run, load
 
+LANES = 128  # the last axis of an array is padded to it
 _KERNEL = re.compile(
     r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\","
     r" operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -113,8 +114,18 @@ def _describe(
             if array is not None:
                 indices[at] = len(arrays)
                 arrays.append(array)
-        pools = sorted(at for size in sizes for at in call.pools(names, size))
-        calls.append({"kernel": name, "operands": indices, "pools": pools})
+        pools = {at for size in sizes for at in call.pools(names, size)}
+        widths = [call.operands[at].shape[-1] for at in pools]
+        calls.append(
+            {
+                "kernel": name,
+                "operands": indices,
+                "pools": sorted(pools),
+                "filled": min(
+                    (width / (-(-width // LANES) * LANES) for width in widths), default=1
+                ),
+            }
+        )
     return {"calls": calls, "num_bytes": run.num_bytes, "useful_flops": run.useful_flops}
 
 
