@@ -58,6 +58,7 @@ def test_real_prompts_give_together_what_each_gives_alone_and_with_a_dense_cache
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("implementation", "dtype"), [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
 )
@@ -71,7 +72,6 @@ def test_the_kernels_give_the_real_models_first_tokens(implementation, dtype):
     assert generated(model, prompts, kernel) == expected
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("implementation", "dtype"), [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
 )
