@@ -20,7 +20,7 @@ import paged_kv
 pytestmark = [NEEDS_JAX, TIME_LIMIT]
 
 CONSTRAINTS = {"block_size": [8, 16, 24, 32, 64, 128], "pool_dtype": ["bfloat16", "float16"]}
-ATTENTION = "paged_kv.kernels.gpu.attention"
+KERNEL = "paged_kv.kernels.gpu.ragged"
 FORMS = covering_forms(**CONSTRAINTS)
 PROBLEMS_PER_FORM = 7
 
@@ -152,13 +152,13 @@ def mutate(monkeypatch):
 
 
 def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
-    mutate(f"{ATTENTION}._clear_tail", lambda *args: None)
+    mutate(f"{KERNEL}._clear_tail", lambda *args: None)
     out, _ = attend(one_problem([43, 18]))
     assert np.isnan(np.asarray(out, np.float32)).any()
 
 
 def test_padding_that_is_not_zeroed_shows(mutate):
-    mutate(f"{ATTENTION}._zero_padding", lambda cta: None)
+    mutate(f"{KERNEL}._zero_padding", lambda cta: None)
     out, _ = attend(one_problem([48, 24], block_size=24, num_kv_heads=3))
     assert np.isnan(np.asarray(out, np.float32)).any()
 

@@ -134,7 +134,7 @@ def test_every_plan_fits_shared_memory(head_dim, heads):
         made = plan.make_plan(asked)
         assert plan.smem_bytes(plan.scratch(asked, made)) <= plan.SMEM_BYTES
         assert made.stages >= 2
-        assert made.parts * made.consumers * plan.ROWS >= made.tile_tokens * heads[1]
+        assert made.parts * made.consumers * plan.WARPGROUP_ROWS >= made.tile_tokens * heads[1]
         assert made.num_ctas <= plan.NUM_SMS
 
 

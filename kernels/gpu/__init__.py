@@ -3,7 +3,8 @@
 plan       sizes of tiles and rings, and the shared memory they take; no Pallas import
 blocks     copies of cache blocks, matrix products, what is simulated and how
 append     writes new tokens into the pools, in place
-attention  one ragged kernel: decode, chunked prefill and mixed batches
+attention  tiles of query rows, the kernel, results per token
+ragged     one kernel for decode, chunked prefill and mixed batches
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Writes new tokens into the pools, in place: keys and values in one kernel.
 
-    CTA c takes chunks c, c + num_ctas, ... of the packed tokens
+CTA c takes chunks c, c + num_ctas, ... of the packed tokens
 
-    keys, values --TMA--> shared memory --one TMA per token--> its slot, where it has one
+keys, values --TMA--> shared memory --one TMA per token--> its slot, where it has one
 """
 
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ def allocate(parts: dict[str, Buffer | Barriers]) -> dict[str, Any]:
 
 def _allocate(part: Buffer | Barriers) -> Any:
     if isinstance(part, Barriers):
-        return plgpu.Barrier(num_barriers=part.count, num_arrivals=part.arrivals)
+        return plgpu.Barrier(num_barriers=part.num_barriers, num_arrivals=part.arrivals)
     transforms = ()
     if part.swizzle:
         width = part.swizzle // jnp.dtype(part.dtype).itemsize
@@ -124,35 +124,45 @@ class Ring(NamedTuple):
             plgpu.barrier_wait(self.empty.at[self.slot(steps - left + i)])
 
 
-def block_ids(table_ref: Any, item: Item, tile: Any, keys: KeyTiles) -> list[Any]:
-    """The cache blocks of a key tile; -1 for those that no query of the item can see."""
+def copy_tile(
+    pool_ref: Any,
+    ring: Ring,
+    step: Any,
+    *,
+    keys: KeyTiles,
+    table_ref: Any,
+    item: Item,
+    tile: Any,
+    first_block: Any,
+) -> None:
+    """Starts one TMA copy per cache block of a key tile into the slot of `step`.
+
+    pool_ref: (blocks of all layers, rows_per_block, head_dim); `first_block` is the layer's first.
+    A block that no query of the item can see is read outside the pool, which brings zeros: its
+    table entry is no address.
+    """
+    slot, nowhere = ring.slot(step), pool_ref.shape[0]
     if keys.tiles_per_block > 1:
-        return [table_ref[item.sequence, divide(tile, keys.tiles_per_block)]]
-    ids = []
-    for i in range(keys.blocks_per_tile):
+        block = first_block + table_ref[item.sequence, divide(tile, keys.tiles_per_block)]
+        rows = pl.ds(pl.multiple_of(keys.origin(tile)[1], 8), keys.rows)
+        plgpu.copy_gmem_to_smem(pool_ref.at[block, rows], ring.slots.at[slot], ring.full.at[slot])
+        return
+
+    def block_of(i):
         index = tile * keys.blocks_per_tile + i
         is_seen = (index >= item.block_start) & (index < item.block_stop)
-        # an entry that is not seen is no address; an index past the row is none either
-        within = jnp.clip(index, item.block_start, item.block_stop - 1)
-        ids.append(jnp.where(is_seen, table_ref[item.sequence, within], -1))
-    return ids
+        # read within the row, also where there is nothing to see
+        entry = table_ref[item.sequence, jnp.clip(index, item.block_start, item.block_stop - 1)]
+        return jnp.where(is_seen, first_block + entry, nowhere)
 
+    def copy(i, block):
+        rows = pl.ds(pl.multiple_of(i * keys.copy_rows, 8), keys.copy_rows)
+        plgpu.copy_gmem_to_smem(pool_ref.at[block], ring.slots.at[slot, rows], ring.full.at[slot])
+        return block_of(i + 1)  # read while the copy is on its way
 
-def copy_tile(
-    pool_ref: Any, ids: list[Any], tile: Any, ring: Ring, step: Any, keys: KeyTiles
-) -> None:
-    """Starts one TMA copy per block into the slot of `step`.
-
-    pool_ref: (blocks, rows_per_block, head_dim); an id outside it brings zeros.
-    """
-    slot = ring.slot(step)
-    for i, block in enumerate(ids):
-        source = pool_ref.at[block]
-        if keys.tiles_per_block > 1:
-            first = pl.multiple_of(keys.origin(tile)[1], 8)
-            source = pool_ref.at[block, pl.ds(first, keys.rows)]
-        target = ring.slots.at[slot, pl.ds(i * keys.copy_rows, keys.copy_rows)]
-        plgpu.copy_gmem_to_smem(source, target, ring.full.at[slot])
+    # a count that the compiler does not know: unrolled, the loop needs more registers than are left
+    count = lax.optimization_barrier(jnp.int32(keys.blocks_per_tile))
+    lax.fori_loop(0, count, copy, block_of(0))
 
 
 def matmul(a: Any, b_ref: Any, acc: Any = None, *, is_transposed: bool, is_simulated: bool) -> Any:

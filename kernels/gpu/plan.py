@@ -18,7 +18,7 @@ from ..core.variant import Variant
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float16")
 QUERY_DTYPES = (*DTYPES, "float32")
-ROWS = 64  # query rows of a warpgroup: the M of a wgmma
+WARPGROUP_ROWS = 64  # query rows of a warpgroup: the M of a wgmma
 NUM_SMS = 132  # of an H100 or H200
 SMEM_BYTES = 232448  # what one CTA may have on Hopper
 SMEM_ALIGNMENT = 1024  # of each buffer
@@ -113,7 +113,7 @@ class Plan:
 
     keys: KeyTiles
     tile_tokens: int
-    consumers: int  # warpgroups, each with ROWS rows of the same item
+    consumers: int  # warpgroups, each with WARPGROUP_ROWS rows of the same item
     query_rows: int  # rows of a consumer that exist in memory
     parts: int  # items per query tile
     query_stages: int
@@ -136,7 +136,7 @@ class Buffer(NamedTuple):
 
 
 class Barriers(NamedTuple):
-    count: int
+    num_barriers: int
     arrivals: int = 1
 
 
@@ -150,7 +150,7 @@ def scratch(problem: Problem, plan: Plan) -> dict[str, Buffer | Barriers]:
     """The shared memory of one CTA, by the names of the kernel's parameters."""
     head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
     tile = (plan.stages, plan.keys.rows, head_dim)
-    rows = (plan.consumers, ROWS)
+    rows = (plan.consumers, WARPGROUP_ROWS)
     swizzle = swizzle_bytes(head_dim, dtype)
     copies = plan.keys.blocks_per_tile
     return {
@@ -178,7 +178,7 @@ def smem_bytes(parts: dict[str, Buffer | Barriers]) -> int:
             size = prod(part.shape) * jnp.dtype(part.dtype).itemsize
             total += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
         else:
-            total += 8 * part.count
+            total += 8 * part.num_barriers
     return total
 
 
@@ -203,13 +203,13 @@ def make_plan(problem: Problem, *, is_simulated: bool = False) -> Plan:
 def _consumers(problem: Problem) -> tuple[int, ...]:
     """Two where they have rows enough; one otherwise, and where two do not fit."""
     rows = problem.num_query_heads * (problem.num_tokens if problem.is_packed else 1)
-    return (2, 1) if rows > ROWS else (1,)
+    return (2, 1) if rows > WARPGROUP_ROWS else (1,)
 
 
 def _plan(
     problem: Problem, consumers: int, query_stages: int, stages: int, is_simulated: bool
 ) -> Plan:
-    heads, rows = problem.num_query_heads, consumers * ROWS
+    heads, rows = problem.num_query_heads, consumers * WARPGROUP_ROWS
     tile_tokens = max(1, min(rows // heads, problem.num_tokens)) if problem.is_packed else 1
     tile_rows = tile_tokens * heads
     parts = -(-tile_rows // rows)
@@ -222,12 +222,12 @@ def _plan(
         tile_tokens=tile_tokens,
         consumers=consumers,
         # a swizzled copy moves groups of 8 rows
-        query_rows=-(-tile_rows // 8) * 8 if parts * consumers == 1 else ROWS,
+        query_rows=-(-tile_rows // 8) * 8 if parts * consumers == 1 else WARPGROUP_ROWS,
         parts=parts,
         query_stages=query_stages,
         stages=stages,
-        # two loops beside so wide an accumulator spill registers
-        has_maskless_loop=problem.cache.head_dim < 256,
+        # a second loop beside so wide an accumulator, or such scores, spills registers
+        has_maskless_loop=problem.cache.head_dim < 256 and not problem.variant.has_alibi,
         num_tiles=num_tiles,
         num_ctas=min(num_tiles * parts, limit),
     )
