@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 
@@ -28,8 +27,10 @@ def on_platform(platform: str, function: Callable, results: Callable) -> Callabl
 
 
 @cache
-def _primitive(platform: str) -> Primitive:
+def _primitive(platform: str) -> Any:
     """The primitive of calls that run on one platform."""
+    from jax.extend.core import Primitive  # brings Pallas along, so not before it is needed
+
     primitive = Primitive(f"paged_kv_on_{platform}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(lambda *leaves, results, **_: results)
