@@ -1,0 +1,230 @@
+"""Paged attention of single query tokens on TPU: every step of a decode loop.
+
+All query heads of a row meet all (token, kv head) rows of a tile of blocks in one product, the
+scores of foreign heads are masked together with the tokens past the end, and so one second product
+gives every head its own output.  No row is extracted, shifted or transposed.
+
+`pipeline` has the step that the time goes to, `decode_copies` what it waits for, `worklist` what it
+works on.  Rows are single tokens, one per sequence here; the list may as well be the one-token rows
+of a packed batch.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..core.problem import Problem
+from ..core.schedule import Schedule
+from . import decode_plan as plans
+from . import pipeline, worklist
+from .blocks import COMPILER_PARAMS, allocate, result
+from .decode_copies import Copies, Stream, clear_pads, flat_table
+from .decode_plan import SETS, DecodePlan
+from .device import vmem_bytes
+from .pipeline import Groups, ScoreStage, Step
+from .plan import LANES
+from .worklist import DecodeRows, Work
+
+
+def plan_of(problem: Problem) -> DecodePlan | None:
+    """The plan for the chip that the program is traced for; None: not for this kernel."""
+    return plans.plan_decode(problem, vmem_bytes())
+
+
+def attend(
+    problem: Problem,
+    plan: DecodePlan,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """(out, lse) of one query token per sequence, over pools with a leading layer axis."""
+    num_heads = problem.num_query_heads
+    table, start, stop = _seen_part(problem, block_table, schedule.seq_lengths)
+    rows = worklist.of_batch(plan, start, stop)
+    pad = plan.num_heads - num_heads
+    arrays = [jnp.pad(query.astype(jnp.bfloat16), ((0, 0), (0, pad), (0, 0)))]
+    if alibi_slopes is not None:
+        slopes = jnp.pad(alibi_slopes.astype(jnp.float32), (0, pad))
+        arrays.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
+    pools = [pool for pool in (key_pool, value_pool) for pool in _views(plan, pool)]
+    table = flat_table(plan, table, layer * problem.cache.num_blocks)
+    call = _make_call(problem, plan, query, interpret)
+    out, lse = call(*rows, *arrays, table, *pools)
+    return out[:, :num_heads].astype(query.dtype), lse[:, :num_heads]
+
+
+def _seen_part(problem: Problem, table: Array, lengths: Array) -> tuple[Array, Array, Array]:
+    """The columns of the table that a query sees, and which keys it sees, counted from there."""
+    variant, size = problem.variant, problem.cache.block_size
+    start, stop = variant.kv_range(lengths - 1, lengths - 1, lengths)
+    columns = plans.table_columns(problem)
+    if columns < table.shape[1]:
+        first = start // size
+        column = first[:, None] + jnp.arange(columns, dtype=jnp.int32)[None, :]
+        table = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
+        start, stop = start - first * size, stop - first * size
+    return table, start, stop
+
+
+def _views(plan: DecodePlan, pool: Array) -> list[Array]:
+    """The pool's blocks as matrices of rows; with runs, its rows besides: the same bytes."""
+    by_block = pool.reshape(-1, plan.block_rows, plan.head_dim)
+    return [by_block] if plan.run == 1 else [by_block, pool.reshape(-1, plan.head_dim)]
+
+
+def _make_call(problem: Problem, plan: DecodePlan, query: Array, interpret: Any) -> Any:
+    batch, rows, heads = query.shape[0], plan.rows_per_program, plan.num_heads
+    mine = pl.BlockSpec((rows, heads, plan.head_dim), lambda i, *_: (i, 0, 0))
+    shared = pl.BlockSpec((heads, LANES), lambda i, *_: (0, 0))
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    slopes = [shared] if problem.variant.has_alibi else []
+    views = 2 * (1 if plan.run == 1 else 2)
+    out_dtype = "float32" if problem.query_dtype == "float16" else problem.query_dtype
+    flops, num_bytes, transcendentals = problem.cost
+    return pl.pallas_call(
+        partial(_kernel, problem, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(DecodeRows._fields),
+            grid=(plan.num_programs,),
+            in_specs=[mine, *slopes, *[hbm] * (1 + views)],
+            out_specs=[mine, pl.BlockSpec((rows, LANES), lambda i, *_: (i, 0))],
+            scratch_shapes=allocate(plans.decode_scratch(plan)),
+        ),
+        out_shape=[
+            result((batch, heads, plan.head_dim), jnp.dtype(out_dtype), query),
+            result((batch, LANES), jnp.float32, query),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=plans.vmem_limit(problem, plan),
+            **COMPILER_PARAMS,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=transcendentals, bytes_accessed=num_bytes
+        ),
+        interpret=False if interpret is None else interpret,
+        name="paged_decode",
+    )
+
+
+def _kernel(problem: Problem, plan: DecodePlan, *refs: Any) -> None:
+    step = _step(problem, plan, list(refs))
+    work = step.copies.work
+
+    @pl.when(work.num_rows < plan.rows_per_program)
+    def _() -> None:
+        step.out[...] = jnp.zeros(step.out.shape, step.out.dtype)
+        step.lse[...] = jnp.full(step.lse.shape, -jnp.inf, jnp.float32)
+
+    @pl.when(work.num_steps > 0)
+    def _() -> None:
+        if plan.is_one_step:
+            pipeline.run_once(step, work.first_group())
+        else:
+            _pipeline(step)
+
+
+def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
+    """The kernel's refs by name."""
+    take = lambda count: tuple(refs.pop(0) for _ in range(count))
+    rows = DecodeRows(*take(len(DecodeRows._fields)))
+    (query,), slopes = take(1), None
+    if problem.variant.has_alibi:
+        (slopes,) = take(1)
+    (table,) = take(1)
+    views = [take(1 if plan.run == 1 else 2) for _ in range(2)]
+    out, lse = take(2)
+    keys, values, scores, weights, stats, slices = (take(SETS) for _ in range(6))
+    semaphores = take(3)
+    streams = [
+        Stream(view[0], view[-1], buffers, semaphore, first)
+        for view, buffers, semaphore, first in zip(
+            views, (keys, values), semaphores, (0, plan.items_per_step), strict=False
+        )
+    ]
+    work = Work(plan, rows, pl.program_id(0))
+    return Step(
+        plan=plan,
+        variant=pipeline.of_last_token(problem.variant),
+        copies=Copies(plan, work, table, slices, semaphores[2], *streams),
+        query=query,
+        slopes=slopes,
+        out=out,
+        lse=lse,
+        scores=scores,
+        weights=weights,
+        stats=stats,
+        token=pipeline.lane_tokens(plan, problem.group),
+    )
+
+
+def _pipeline(step: Step) -> None:
+    """All steps of a program."""
+    plan, copies = step.plan, step.copies
+    num_steps = copies.work.num_steps
+    clear_pads(plan, (copies.keys, copies.values))
+    groups = _begin(step)
+
+    def each(i: Any, groups: Groups) -> Groups:
+        for slot in range(SETS):
+            pl.when(i * SETS + slot < num_steps)(partial(_turn, step, slot, groups))
+            groups = Groups(*groups[1:], copies.work.group_after(groups.fourth))
+        return groups
+
+    lax.fori_loop(0, lax.div(num_steps + (SETS - 1), SETS), each, groups)
+    for slot in range(SETS):  # what the last step started for one that never comes
+        pl.when(lax.rem(num_steps, SETS) == slot)(partial(copies.wait_slices, slot))
+
+
+def _begin(step: Step) -> Groups:
+    """Makes the first group's scores; on their way are the keys of two more, and its values."""
+    plan, copies = step.plan, step.copies
+    work = copies.work
+    groups = [work.first_group()]
+    for _ in range(4):
+        groups.append(work.group_after(groups[-1]))
+    for slot in range(SETS):
+        copies.start_slices(slot, copies.keys, groups[slot])
+        copies.start_slices(slot, copies.values, groups[slot])
+    for slot in range(SETS):
+        copies.wait_slices(slot)
+        copies.start(slot, copies.keys, groups[slot], slot)
+        if slot == 0:
+            copies.start(slot, copies.values, groups[slot], slot)
+    copies.start_slices(0, copies.keys, groups[3])
+    copies.start_slices(0, copies.values, groups[1])
+    copies.wait(copies.keys, groups[0], 0)
+    scores = ScoreStage(step, 0, groups[0], None)
+    for u, first in plan.chunks:
+        scores.chunk(u, first)
+    return Groups(work.no_group(), *groups)
+
+
+def _turn(step: Step, slot: int, groups: Groups) -> None:
+    """Waits for what a step needs, and runs it the way its copies allow."""
+    plan, copies = step.plan, step.copies
+    ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
+    copies.wait_slices(slot)
+    copies.wait(copies.keys, groups.next, ahead)
+    copies.wait(copies.values, groups.before, behind)
+    copies.clear(groups.before, behind, starts_late=step.variant.left is not None)
+    work, whole = copies.work, plan.items_per_step * plan.blocks_per_tile
+    is_full = work.total_blocks(groups.third) == whole
+    is_full &= work.total_blocks(groups.next) == whole
+    way = jnp.where(is_full, 0, 1)
+    if plan.run > 1:
+        are_runs = copies.are_runs(slot, copies.keys, groups.third)
+        are_runs &= copies.are_runs(slot, copies.values, groups.next)
+        way = jnp.where(is_full & are_runs, 2, way)
+    lax.switch(way, [partial(pipeline.run, step, slot, way, groups) for way in plan.variants])

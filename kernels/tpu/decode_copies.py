@@ -1,0 +1,229 @@
+"""Copies of a decode step: slices of the table, blocks of keys and values, and what is cleared.
+
+Every buffer is a set of SETS allocations with names of their own: the compiler lets a copy into one
+run beside loads from another, which it does not for parts of one allocation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
+from math import ceil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .blocks import row_bits, words
+from .decode_plan import DecodePlan
+from .plan import round_up
+from .worklist import Item, Work
+
+UNROLL = 8  # copies of an iteration of a loop over them
+
+
+def flat_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
+    """The table's rows in whole slices, one after the other; `first_block` is the layer's.
+
+    The first entry of a tile whose blocks lie in runs is stored inverted, and so negative.  No
+    entry is used as an address but those of blocks that hold tokens.
+    """
+    rows, columns = table.shape
+    table = jnp.pad(table + first_block, ((0, 0), (0, plan.columns - columns)))
+    if plan.run > 1:
+        runs = table.reshape(rows, plan.tiles, plan.blocks_per_tile // plan.run, plan.run)
+        step = lax.broadcasted_iota(jnp.int32, runs.shape, 3)
+        is_run = runs == runs[..., :1] + step
+        is_run = jnp.repeat(jnp.all(is_run, axis=(2, 3)), plan.blocks_per_tile, axis=1)
+        column = lax.broadcasted_iota(jnp.int32, table.shape, 1)
+        is_first = column % plan.blocks_per_tile == 0
+        table = jnp.where(is_run & is_first, ~table, table)
+    table = table.reshape(-1)
+    return jnp.pad(table, (0, max(0, plan.slices - table.shape[0])))
+
+
+class Stream(NamedTuple):
+    """Keys or values: the blocks of all layers in HBM, seen in two ways, and their sets in VMEM."""
+
+    blocks: Any  # (layers * blocks, block_rows, head_dim)
+    rows: Any  # (layers * blocks * block_rows, head_dim); one copy takes a run of blocks from it
+    buffers: tuple[Any, ...]
+    semaphores: Any
+    first_slice: int  # of a step's slices of the table
+
+
+@dataclass(frozen=True)
+class Copies:
+    """All copies of a program.  Keys are fetched three steps ahead, values one."""
+
+    plan: DecodePlan
+    work: Work
+    table: Any  # HBM, flat
+    slices: tuple[Any, ...]  # SMEM, one set per step
+    slice_semaphores: Any
+    keys: Stream
+    values: Stream
+
+    def start_slices(self, slot: int, stream: Stream, items: list[Item]) -> None:
+        """Starts the copies of the table's slices that name the items' blocks."""
+        size = self.plan.slice_entries
+        for u, item in enumerate(items):
+            offset = self.work.sequence(item) * self.plan.columns + self._column(item)
+            offset = pl.multiple_of(lax.div(offset, size) * size, size)
+            target = self.slices[slot].at[pl.ds((stream.first_slice + u) * size, size)]
+            source = self.table.at[pl.ds(offset, size)]
+            pltpu.make_async_copy(source, target, self.slice_semaphores.at[slot]).start()
+
+    def wait_slices(self, slot: int) -> None:
+        """Waits for a step's slices, of keys and values."""
+        source = self.table.at[pl.ds(0, self.plan.slices)]
+        semaphore = self.slice_semaphores.at[slot]
+        pltpu.make_async_copy(source, self.slices[slot], semaphore).wait()
+
+    def _column(self, item: Item) -> Any:
+        return jnp.minimum(item.tile, self.plan.tiles - 1) * self.plan.blocks_per_tile
+
+    def _bases(self, stream: Stream, items: list[Item]) -> list[Any]:
+        """Where the entries of each item start among a step's."""
+        size = self.plan.slice_entries
+        firsts = [(stream.first_slice + u) * size for u in range(len(items))]
+        if size == self.plan.blocks_per_tile:
+            return firsts
+        return [
+            lax.rem(self._column(item), size) + at for at, item in zip(firsts, items, strict=True)
+        ]
+
+    def are_runs(self, slot: int, stream: Stream, items: list[Item]) -> Any:
+        """Whether the blocks of all items, full tiles, lie in runs."""
+        flags = [self.slices[slot][base] < 0 for base in self._bases(stream, items)]
+        return reduce(jnp.logical_and, flags)
+
+    def listed(
+        self, slot: int, stream: Stream, items: list[Item], target: int, run: int
+    ) -> list[Callable[[], None]]:
+        """A function per copy of full tiles, that starts it."""
+        bases = self._bases(stream, items)
+        return [
+            partial(self._start, slot, stream, target, u, base, i, run)
+            for u, base in enumerate(bases)
+            for i in range(0, self.plan.blocks_per_tile, run)
+        ]
+
+    def start(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
+        """Starts the copies of exactly the blocks that hold tokens."""
+        for u, (item, base) in enumerate(zip(items, self._bases(stream, items), strict=True)):
+            count = self.work.num_blocks(item)
+            one = lambda i, u=u, base=base: self._start(slot, stream, target, u, base, i, 1)
+
+            def some(i: Any, _: None, one: Callable = one) -> None:
+                for j in range(UNROLL):
+                    one(i * UNROLL + j)
+
+            lax.fori_loop(0, lax.div(count, UNROLL), some, None)
+            lax.fori_loop(
+                lax.div(count, UNROLL) * UNROLL, count, lambda i, _, one=one: one(i), None
+            )
+
+    def _start(
+        self, slot: int, stream: Stream, target: int, u: int, base: Any, i: Any, run: int
+    ) -> None:
+        plan = self.plan
+        block = self.slices[slot][base + i]
+        if plan.run > 1 and not (isinstance(i, int) and i > 0):
+            block = block ^ (block >> 31)  # the first one may be stored inverted
+        count = run * plan.block_rows
+        row = u * plan.tile_rows + i * plan.block_rows
+        row = row if isinstance(row, int) else pl.multiple_of(row, plan.block_rows)
+        if run == 1:
+            source = stream.blocks.at[block]
+        else:
+            first = pl.multiple_of(block * plan.block_rows, plan.block_rows)
+            source = stream.rows.at[pl.ds(first, count)]
+        buffer = stream.buffers[target].at[pl.ds(row, count)]
+        pltpu.make_async_copy(source, buffer, stream.semaphores.at[target]).start()
+
+    def wait_whole(self, stream: Stream, target: int) -> None:
+        """Waits for the blocks of full tiles."""
+        part = stream.buffers[target].at[pl.ds(0, self.plan.step_rows)]
+        pltpu.make_async_copy(part, part, stream.semaphores.at[target]).wait()
+
+    def wait(self, stream: Stream, items: list[Item], target: int) -> None:
+        """Waits for all blocks of the items."""
+        blocks = self.work.total_blocks(items)
+
+        @pl.when(blocks > 0)
+        def _() -> None:
+            rows = pl.multiple_of(blocks * self.plan.block_rows, self.plan.block_rows)
+            part = stream.buffers[target].at[pl.ds(0, rows)]
+            pltpu.make_async_copy(part, part, stream.semaphores.at[target]).wait()
+
+    def clear(self, items: list[Item], target: int, *, starts_late: bool) -> None:
+        """Zeros the values of tokens that no query sees: no weight makes NaN harmless."""
+        plan, work = self.plan, self.work
+        for u, item in enumerate(items):
+            left = work.left(item)
+            is_cut = (left > 0) & (left < plan.tile_tokens)
+            pl.when(is_cut)(partial(self._clear_end, target, u, left))
+            if starts_late:
+                late = (item.tile == 0) & (work.start(item) > 0)
+                pl.when(late)(partial(self._keep, target, u, 0, work.start(item), plan.block_size))
+
+    def _clear_end(self, target: int, u: int, left: Any) -> None:
+        plan = self.plan
+        last = lax.div(left, plan.block_size)
+        self._keep(target, u, last, 0, left - last * plan.block_size)
+        zeros = jnp.zeros((plan.block_rows, plan.head_dim), jnp.bfloat16)
+
+        def each(block: Any, _: None) -> None:
+            self.values.buffers[target][self._block(u, block)] = zeros
+
+        lax.fori_loop(last + 1, plan.blocks_per_tile, each, None)
+
+    def _keep(self, target: int, u: int, block: Any, start: Any, stop: Any) -> None:
+        """Zeros the tokens of a block outside [start, stop)."""
+        at, heads = self._block(u, block), self.plan.num_kv_heads
+        value = self.values.buffers[target][at]
+        keep = lambda row: (row >= start * heads) & (row < stop * heads)
+        kept = words(value) & row_bits(value.shape, 2, keep)
+        self.values.buffers[target][at] = pltpu.bitcast(kept, value.dtype)
+
+    def _block(self, u: int, block: Any) -> Any:
+        rows = self.plan.block_rows
+        return pl.ds(pl.multiple_of(u * self.plan.tile_rows + block * rows, rows), rows)
+
+
+def clear_pads(plan: DecodePlan, streams: tuple[Stream, ...]) -> None:
+    """Zeros the rows behind every buffer that `tied` reads."""
+    zeros = jnp.zeros((plan.pad_rows, plan.head_dim), jnp.bfloat16)
+    for stream in streams:
+        for buffer in stream.buffers:
+            buffer[pl.ds(plan.step_rows, plan.pad_rows)] = zeros
+
+
+def tied(plan: DecodePlan, x: jax.Array, buffer: Any) -> jax.Array:
+    """x, but not before the copies into `buffer` that come earlier in the program.
+
+    Nothing else needs a copy that has just been started, so the compiler would put it last.
+    """
+    zeros = words(buffer[pl.ds(plan.step_rows, plan.pad_rows)])
+    bits = words(x)
+    repeats = round_up(bits.shape[0], zeros.shape[0]) // zeros.shape[0]
+    zeros = jnp.concatenate([zeros] * repeats, axis=0)[: bits.shape[0]]
+    return pltpu.bitcast(bits | zeros, x.dtype)
+
+
+class Paced:
+    """A list of copies, started bit by bit over the first part of a step."""
+
+    def __init__(self, copies: list[Callable[[], None]], num_chunks: int, spread: float):
+        self._copies, self._started = copies, 0
+        self._chunks = max(1, int(num_chunks * spread))
+
+    def after(self, chunk: int) -> None:
+        """Starts what is due after a chunk of the step."""
+        due = min(len(self._copies), ceil(len(self._copies) * (chunk + 1) / self._chunks))
+        for start in self._copies[self._started : due]:
+            start()
+        self._started = max(self._started, due)
