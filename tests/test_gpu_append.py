@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bitwise import assert_same_bits
 from gpu_interpreter import NEEDS_JAX, TIME_LIMIT, interpreter
+from jax.sharding import PartitionSpec as P
 from kernel_checks import AppendForm, appended, random_append
 from poison import poisoned_cache
 
@@ -86,3 +87,15 @@ def test_append_under_vmap_runs_once_per_element():
     after = gpu_interpreter.run(call, *stacked)
     for i, step in enumerate(steps):
         assert_same_bits((after.key_pool[i], after.value_pool[i]), appended(*step, None, None))
+
+
+def test_append_inside_a_shard_map_that_checks_varying_axes():
+    """Which no ref may vary over."""
+    step = poisoned_step(6)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("heads",))
+    over_heads = lambda ndim: P(*[None] * (ndim - 2), "heads")
+    specs = jax.tree.map(lambda x: over_heads(x.ndim) if x.ndim > 2 else P(), step)
+    call = lambda *step: paged_kv.append_tokens(*step, **dict(options()))
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    after = gpu_interpreter.run(jax.jit(sharded), *step)
+    assert_same_bits((after.key_pool, after.value_pool), appended(*step, None, None))

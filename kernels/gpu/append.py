@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from ..core import layout
 from ..core.problem import AppendProblem, CacheShape
@@ -109,7 +112,25 @@ def append(
     layer: int32 (), inside the stack.
     interpret: None or False to compile; True or `plgpu.InterpretGPUParams` to run on a CPU.
     """
-    interpret = blocks.interpreter(interpret)
+    arrays = (keys, values, key_pool, value_pool, block_table, seq_lengths, query_start_loc, layer)
+    axes = jax.typeof(key_pool).manual_axis_type.varying
+    pools = _append(problem, *map(_local, arrays), interpret=blocks.interpreter(interpret))
+    return lax.pcast(pools, tuple(sorted(axes)), to="varying") if axes else pools
+
+
+def _append(
+    problem: AppendProblem,
+    keys: jax.Array,
+    values: jax.Array,
+    key_pool: jax.Array,
+    value_pool: jax.Array,
+    block_table: jax.Array,
+    seq_lengths: jax.Array,
+    query_start_loc: jax.Array,
+    layer: jax.Array,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
     token = layout.locate_tokens(query_start_loc, seq_lengths, problem.num_tokens)
     place = layout.locate_slots(
@@ -131,6 +152,18 @@ def append(
     _call(problem, plan, interpret)(*pools, jnp.pad(keys, padding), jnp.pad(values, padding), slots)
     written = [jax.freeze(pool).reshape(key_pool.shape) for pool in pools]
     return written[0], written[1]
+
+
+# Inside a `shard_map` that checks which axes values vary over, a kernel writes no ref that varies.
+# What one shard does to its own memory concerns no other, so the kernel sees plain arrays.
+_forget_varying_axes = Primitive("forget_varying_axes")
+_forget_varying_axes.def_impl(lambda x: x)
+_forget_varying_axes.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_forget_varying_axes, lambda context, x: [x])
+
+
+def _local(x: jax.Array) -> jax.Array:
+    return _forget_varying_axes.bind(x) if jax.typeof(x).manual_axis_type.varying else x
 
 
 def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:
