@@ -1,0 +1,167 @@
+"""The GPU kernels compile for Hopper with no spilled register, and copy no pool."""
+
+import dataclasses
+import itertools
+
+import aot_gpu
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import steps
+
+import paged_kv
+from paged_kv.kernels.core.problem import CacheShape, Problem
+from paged_kv.kernels.core.variant import Variant
+from paged_kv.kernels.gpu import plan, unsupported_version
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}"),
+    pytest.mark.skipif(aot_gpu.missing() is not None, reason=f"{aot_gpu.missing()}"),
+]
+
+ALL_AT_ONCE = Variant(1.0, window=(100, 0), logits_soft_cap=30.0, has_alibi=True)
+AXES = {
+    "head_dim": plan.HEAD_DIMS,
+    "block_size": (8, 16, 128),
+    "heads": ((1, 8), (8, 4), (3, 5)),  # kv heads, query heads per kv head
+    "dtypes": (("bfloat16", "bfloat16"), ("float16", "float32")),  # of the pools, of the query
+    "variant": (Variant(1.0), Variant(1.0, is_causal=False, window=(7, 5)), ALL_AT_ONCE),
+    "tokens": (None, 24, 512),  # packed tokens; None is one per sequence
+}
+NUM_PAIRWISE = 18
+
+
+def pairs(row):
+    return set(itertools.combinations(enumerate(row), 2))
+
+
+def pairwise_rows():
+    """`NUM_PAIRWISE` rows in which as many pairs of values meet as a greedy search finds."""
+    rng = np.random.default_rng(0)
+    draw = lambda: tuple(values[rng.integers(len(values))] for values in AXES.values())
+    rows, seen = [], set()
+    for _ in range(NUM_PAIRWISE):
+        rows.append(max((draw() for _ in range(300)), key=lambda row: len(pairs(row) - seen)))
+        seen |= pairs(rows[-1])
+    return rows
+
+
+def problem_of(row):
+    head_dim, block_size, (kv_heads, group), (dtype, query_dtype), variant, tokens = row
+    cache = CacheShape(2, 4096, block_size, kv_heads, head_dim, dtype, 8, 64)
+    heads = kv_heads * group
+    return Problem(cache, tokens or 8, heads, query_dtype, tokens is not None, variant)
+
+
+def compile_attention(problem, **options):
+    """The report of `paged_attention` of a problem."""
+    shape, variant = problem.cache, problem.variant
+    pool = jax.ShapeDtypeStruct(
+        (shape.num_layers, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim),
+        shape.dtype,
+    )
+    int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    cache = paged_kv.PagedKVCache(
+        pool, pool, int32(shape.batch, shape.max_blocks_per_seq), int32(shape.batch)
+    )
+    heads = problem.num_query_heads
+    query = (problem.num_tokens, heads, shape.head_dim)
+    query = jax.ShapeDtypeStruct(query, problem.query_dtype)
+    slopes = jax.ShapeDtypeStruct((heads,), jnp.float32) if variant.has_alibi else None
+
+    def attend(query, cache, starts, slopes):
+        return paged_kv.paged_attention(
+            query,
+            cache,
+            query_start_loc=starts,
+            layer=1,
+            scale=variant.scale,
+            is_causal=variant.is_causal,
+            local_window_size=variant.window,
+            logits_soft_cap=variant.logits_soft_cap,
+            alibi_slopes=slopes,
+            return_residual=True,
+            implementation="mosaic_gpu",
+        )
+
+    starts = int32(shape.batch + 1) if problem.is_packed else None
+    return aot_gpu.compile_for("H100", jax.jit(attend), query, cache, starts, slopes, **options)
+
+
+def assert_compiles(row, **options):
+    """One kernel, for Hopper, without a spill, within a CTA's registers and shared memory."""
+    problem = problem_of(row)
+    made = plan.make_plan(problem)
+    (kernel,) = compile_attention(problem, **options).kernels
+    assert kernel.arch == "sm_90a"
+    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    assert kernel.registers * 128 * (made.consumers + 1) <= 65536
+    assert plan.smem_bytes(plan.scratch(problem, made)) <= plan.SMEM_BYTES
+    return problem, made, kernel
+
+
+IDS = lambda row: "-".join(str(value) for value in row[:4]).replace(" ", "") + f"-{row[5]}"
+
+
+@pytest.mark.parametrize("row", pairwise_rows(), ids=IDS)
+def test_attention_compiles(row):
+    assert_compiles(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", list(itertools.product(*AXES.values())), ids=IDS)
+def test_attention_compiles_in_every_combination(row):
+    assert_compiles(row)
+
+
+@pytest.mark.parametrize("row", pairwise_rows()[:2], ids=IDS)
+def test_the_plan_weighs_shared_memory_as_the_compiler_does(row):
+    """To the byte; and the products are those of the tensor core, the copies those of the TMA."""
+    problem, made, kernel = assert_compiles(row, is_detailed=True)
+    assert kernel.smem_bytes == plan.smem_bytes(plan.scratch(problem, made))
+    if kernel.ops is not None:  # nvdisasm is there
+        assert kernel.ops["HGMMA"] > 0
+        assert kernel.ops["UTMALDG"] > 0
+
+
+APPENDS = [(None, 8, 128, "bfloat16"), (1000, 3, 80, "float16"), (40, 5, 96, "float32")]
+
+
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim", "dtype"), APPENDS)
+def test_donated_append_compiles_and_copies_no_pool(tokens, kv_heads, head_dim, dtype):
+    sizes = steps.Sizes(
+        num_kv_heads=kv_heads, group=1, head_dim=head_dim, dtype=dtype, num_blocks=1 << 14
+    )
+    new, starts, cache = steps.arguments(sizes, tokens)
+
+    def append(cache, new, starts):
+        return paged_kv.append_tokens(
+            cache, new, new, query_start_loc=starts, layer=1, implementation="mosaic_gpu"
+        )
+
+    call = jax.jit(append, donate_argnums=0)
+    report = aot_gpu.compile_for("H100", call, cache, new, starts)
+    (kernel,) = report.kernels
+    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
+
+
+SIZES = steps.Sizes(num_blocks=1 << 14)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 384], ids=["decode", "prefill"])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_donated_step_over_a_stack_copies_no_pool_on_h100(num_kv_heads, num_tokens):
+    """The kernels are chosen for the target, inside a scan over the layers."""
+    sizes = dataclasses.replace(SIZES, num_kv_heads=num_kv_heads)
+    arguments = steps.arguments(sizes, num_tokens)
+    call = jax.jit(steps.model_step, donate_argnums=2)
+    report = aot_gpu.compile_for("H100", call, *arguments)
+    assert {"paged_attention", "paged_append"} <= {
+        kernel.kernel.removesuffix("_mosaic_gpu_kernel") for kernel in report.kernels
+    }
+    hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
+    assert report.compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
