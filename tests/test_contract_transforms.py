@@ -13,27 +13,12 @@ import steps
 from bitwise import assert_same_bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from poison import poisoned_cache
+from ragged import LENGTHS, cache_of, int32, normal
 from tolerances import tolerance
 
 import paged_kv
 
-LENGTHS = [0, 1, 15, 16, 17, 40]
 CLOSE = tolerance("reference float32")
-
-
-def int32(values):
-    return jnp.asarray(values, jnp.int32)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def cache_of(seed=0, lengths=LENGTHS, **options):
-    """Sequences with room for one more token each."""
-    options = {"num_kv_heads": 2, "head_dim": 8, "capacity": np.array(lengths) + 1, **options}
-    return poisoned_cache(np.random.default_rng(seed), lengths, **options)
 
 
 def assert_all_close(actual, expected):
@@ -46,7 +31,7 @@ def assert_all_close(actual, expected):
 
 def test_scan_over_layers_is_the_loop_over_layers():
     """A traced layer, a carried stack, one schedule; against eager calls with int layers."""
-    cache, x = cache_of(num_layers=3).cache, normal(1, 6, 4, 8)
+    cache, x = cache_of(room=1, num_layers=3).cache, normal(1, 6, 4, 8)
     actual_x, actual_cache = jax.jit(steps.model_step)(x, None, cache)
     cache = paged_kv.advance(cache, 1)
     for layer in range(3):
@@ -72,13 +57,13 @@ def test_step_is_traced_once_for_all_lengths_and_tables():
     x, starts = normal(2, 12, 4, 8), int32([0, 0, 1, 3, 4, 4, 6])
     sizes = {"num_layers": 2, "num_blocks": 20, "max_blocks_per_seq": 4}
     for seed, lengths in enumerate([LENGTHS, [20, 3, 0, 40, 1, 0]]):
-        step(x, starts, cache_of(seed, lengths, capacity=np.array(lengths) + 2, **sizes).cache)
+        step(x, starts, cache_of(seed, lengths, room=2, **sizes).cache)
     assert len(traces) == 1
 
 
 def test_no_value_is_looked_at_under_jit():
     """Everything wild and traced: no error and no host sync, and nothing is written."""
-    cache = cache_of(num_layers=2).cache
+    cache = cache_of(room=1, num_layers=2).cache
     wild = dataclasses.replace(
         cache,
         block_table=jnp.full_like(cache.block_table, 2**30),
@@ -107,7 +92,7 @@ def decode(query, cache):
 
 
 def test_vmap_over_caches_attends_to_each():
-    caches = [cache_of(seed).cache for seed in range(3)]
+    caches = [cache_of(seed, room=1).cache for seed in range(3)]
     queries = normal(4, 3, 6, 4, 8)
     actual = jax.jit(jax.vmap(decode))(queries, stacked(caches))
     expected = [decode(query, cache) for query, cache in zip(queries, caches, strict=True)]
@@ -115,13 +100,13 @@ def test_vmap_over_caches_attends_to_each():
 
 
 def test_vmap_over_queries_shares_the_cache():
-    cache, queries = cache_of().cache, normal(5, 3, 6, 4, 8)
+    cache, queries = cache_of(room=1).cache, normal(5, 3, 6, 4, 8)
     actual = jax.jit(jax.vmap(decode, in_axes=(0, None)))(queries, cache)
     assert_all_close(actual, stacked([decode(query, cache) for query in queries]))
 
 
 def test_vmap_of_append_writes_to_each_cache():
-    caches = [paged_kv.advance(cache_of(seed).cache, 1) for seed in range(3)]
+    caches = [paged_kv.advance(cache_of(seed, room=1).cache, 1) for seed in range(3)]
     keys, values = normal(6, 2, 3, 6, 2, 8)
     actual = jax.jit(jax.vmap(paged_kv.append_tokens))(stacked(caches), keys, values)
     expected = [paged_kv.append_tokens(*args) for args in zip(caches, keys, values, strict=True)]
@@ -129,7 +114,7 @@ def test_vmap_of_append_writes_to_each_cache():
 
 
 def test_vmap_over_layers_of_a_stack():
-    poisoned, query = cache_of(num_layers=3), normal(7, 6, 4, 8)
+    poisoned, query = cache_of(room=1, num_layers=3), normal(7, 6, 4, 8)
     attend = lambda layer: paged_kv.paged_attention(query, poisoned.cache, layer=layer)
     out = jax.jit(jax.vmap(attend))(jnp.arange(3, dtype=jnp.int32))
     for layer in range(3):
@@ -150,7 +135,7 @@ STATE_OPS = {
 
 @pytest.mark.parametrize("op", list(STATE_OPS))
 def test_vmap_of_the_other_ops(op):
-    caches = [cache_of(seed).cache for seed in range(2)]
+    caches = [cache_of(seed, room=1).cache for seed in range(2)]
     run = jax.jit(STATE_OPS[op])
     assert_same_bits(jax.jit(jax.vmap(run))(stacked(caches)), stacked([run(c) for c in caches]))
 
@@ -182,7 +167,7 @@ def inputs(num_kv_heads, seed=8):
 
 def test_shard_map_over_heads(mesh):
     """Tensor parallelism: each device has its heads of every block, and the whole table."""
-    cache = paged_kv.advance(cache_of(num_kv_heads=4).cache, 1)
+    cache = paged_kv.advance(cache_of(room=1, num_kv_heads=4).cache, 1)
     pool = P(None, None, "x")
     cache_spec = paged_kv.PagedKVCache(pool, pool, P(), P())
     arrays = inputs(4)
@@ -197,7 +182,9 @@ def test_shard_map_over_heads(mesh):
 def test_shard_map_over_sequences(mesh):
     """Data parallelism: each device has its own sequences and its own blocks, from id 0."""
     parts = [
-        paged_kv.advance(cache_of(seed, [seed, 17], num_blocks=6, max_blocks_per_seq=3).cache, 1)
+        paged_kv.advance(
+            cache_of(seed, [seed, 17], room=1, num_blocks=6, max_blocks_per_seq=3).cache, 1
+        )
         for seed in range(4)
     ]
     cache = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -212,7 +199,7 @@ def test_shard_map_over_sequences(mesh):
 
 
 def test_gradient_through_shard_map_over_heads(mesh):
-    cache = cache_of(num_kv_heads=4).cache
+    cache = cache_of(room=1, num_kv_heads=4).cache
     query, pool = normal(11, 6, 8, 8), P(None, None, "x")
 
     def loss(query, key_pool, value_pool, run):
@@ -240,7 +227,7 @@ def test_gradient_through_shard_map_over_heads(mesh):
 
 def test_export_round_trip_keeps_the_cache_a_cache():
     """Serialized, read back and called: the pytree is registered for it."""
-    x, cache = normal(12, 6, 4, 8), cache_of(num_layers=2).cache
+    x, cache = normal(12, 6, 4, 8), cache_of(room=1, num_layers=2).cache
     exported = jax.export.export(jax.jit(steps.model_step))(x, None, cache)
     restored = jax.export.deserialize(exported.serialize())
     actual = restored.call(x, None, cache)
@@ -250,7 +237,7 @@ def test_export_round_trip_keeps_the_cache_a_cache():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_reference_exports_for_a_device_that_is_not_here(platform):
-    x, cache = normal(14, 6, 4, 8), cache_of(num_layers=2).cache
+    x, cache = normal(14, 6, 4, 8), cache_of(room=1, num_layers=2).cache
     step = functools.partial(steps.model_step, implementation="xla")
     exported = jax.export.export(jax.jit(step), platforms=[platform])(x, None, cache)
     assert exported.platforms == (platform,)
