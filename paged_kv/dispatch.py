@@ -68,7 +68,7 @@ def attend(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(problem, choice, query, key_pool, value_pool, slopes, operands):
+def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> Any:
     def reference_fn(*arrays):
         query, key_pool, value_pool, slopes, operands = arrays
         return reference.attend(
@@ -135,7 +135,7 @@ def append(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _append(problem, choice, keys, values, key_pool, value_pool, targets):
+def _append(problem, choice, keys, values, key_pool, value_pool, targets) -> Any:
     def reference_fn(keys, values, key_pool, value_pool, targets):
         pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
         return _like(key_pool, reference.append(keys, values, *pools, *targets))

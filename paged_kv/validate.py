@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .kernels.core.problem import AppendProblem, CacheShape, Problem
 from .kernels.core.schedule import MadeFor, Schedule
@@ -25,7 +26,7 @@ IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "xla")
 
 def is_concrete(*arrays: Any) -> bool:
     """Whether all values can be looked at: none is a tracer."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return not any(isinstance(x, Tracer) for x in arrays)
 
 
 # ---- sizes and eager indices ---------------------------------------------------------------------
@@ -113,8 +114,17 @@ def cache_shape(cache: "PagedKVCache") -> CacheShape:
         )
     _int32("block_table", table)
     _int32("seq_lengths", lengths)
-    shape = (1, *pool.shape)[-5:]
-    return CacheShape(*shape, str(pool.dtype), *table.shape)
+    num_blocks, block_size, num_kv_heads, head_dim = pool.shape[-4:]
+    return CacheShape(
+        num_layers=pool.shape[0] if pool.ndim == 5 else 1,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=str(pool.dtype),
+        batch=table.shape[0],
+        max_blocks_per_seq=table.shape[1],
+    )
 
 
 def layer_index(cache: "PagedKVCache", layer: Any) -> jax.Array:
@@ -221,10 +231,14 @@ def attention_problem(
     floating("the dtype of query", query.dtype)
     query_heads(query.shape[1], shape.num_kv_heads)
     start_locations(cache, query_start_loc, query.shape[0])
-    problem = Problem(
-        shape, *query.shape[:2], str(query.dtype), query_start_loc is not None, variant
+    return Problem(
+        cache=shape,
+        num_tokens=query.shape[0],
+        num_query_heads=query.shape[1],
+        query_dtype=str(query.dtype),
+        is_packed=query_start_loc is not None,
+        variant=variant,
     )
-    return problem
 
 
 def query_heads(num_query_heads: int, num_kv_heads: int) -> None:

@@ -110,7 +110,7 @@ def used_entries(
     for row in np.flatnonzero((lengths > 0) & (counts > 0)):
         length = int(lengths[row])
         start, stop = variant.kv_range(length - int(counts[row]), length - 1, length)
-        _entries_in_pool(table[row], row, start, stop, shape)
+        _entries_in_pool(table, int(row), start, stop, shape)
 
 
 def new_slots(cache: "PagedKVCache", shape: CacheShape, query_start_loc: Any) -> None:
@@ -121,7 +121,7 @@ def new_slots(cache: "PagedKVCache", shape: CacheShape, query_start_loc: Any) ->
     counts = np.diff(query_counts_end(query_start_loc, shape.batch))
     for row in np.flatnonzero((lengths > 0) & (counts > 0)):
         length = int(lengths[row])
-        _entries_in_pool(table[row], row, length - int(counts[row]), length, shape)
+        _entries_in_pool(table, int(row), length - int(counts[row]), length, shape)
 
 
 def query_counts_end(query_start_loc: Any, batch: int) -> np.ndarray:
@@ -129,9 +129,7 @@ def query_counts_end(query_start_loc: Any, batch: int) -> np.ndarray:
     return np.arange(batch + 1) if query_start_loc is None else np.asarray(query_start_loc)
 
 
-def _entries_in_pool(
-    entries: np.ndarray, row: int, start: int, stop: int, shape: CacheShape
-) -> None:
+def _entries_in_pool(table: np.ndarray, row: int, start: int, stop: int, shape: CacheShape) -> None:
     if stop > shape.max_blocks_per_seq * shape.block_size:
         raise ValueError(
             f"sequence {row} has {stop} tokens, but its row holds "
@@ -139,12 +137,12 @@ def _entries_in_pool(
             "cache with a wider table"
         )
     first = start // shape.block_size
-    used = entries[first : -(-stop // shape.block_size)]
+    used = table[row, first : -(-stop // shape.block_size)]
     bad = (used < 0) | (used >= shape.num_blocks)
     if bad.any():
         entry = first + int(np.argmax(bad))
         raise ValueError(
-            f"block_table[{row}, {entry}]={entries[entry]} is used by sequence {row} (positions "
+            f"block_table[{row}, {entry}]={table[row, entry]} is used by sequence {row} (positions "
             f"{start} to {stop - 1}) but is outside the pool: num_blocks={shape.num_blocks}; "
             "allocate the block and put it there with allocate_blocks or set_block_table"
         )

@@ -14,7 +14,7 @@ class Tokens(NamedTuple):
     """Packed tokens, int32 (num_tokens,) each; a padding token has a negative position."""
 
     sequence: Array  # row of the table, in range for padding tokens too
-    index: Array  # within the sequence's tokens of this step
+    step_index: Array  # within the sequence's tokens of this step
     position: Array  # within the sequence
 
     @property

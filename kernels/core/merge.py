@@ -42,5 +42,7 @@ def apply_sinks(
     that partial results can be merged first; apply sinks once, last.  Computed in float32; the
     result takes the dtype of `out`.
     """
-    weight = jax.nn.sigmoid(lse.astype(jnp.float32) - sinks.astype(jnp.float32)[None, :])
+    seen = lse > -jnp.inf
+    lse = jnp.where(seen, lse, 0.0).astype(jnp.float32)
+    weight = jnp.where(seen, jax.nn.sigmoid(lse - sinks.astype(jnp.float32)[None, :]), 0.0)
     return (out.astype(jnp.float32) * weight[..., None]).astype(out.dtype)

@@ -148,8 +148,8 @@ def untile(schedule: Schedule, out: Array, lse: Array, *, num_tokens: int) -> tu
     ends = _tile_ends(starts[1:] - starts[:-1], tile_tokens)
     token = layout.locate_tokens(starts, schedule.seq_lengths, num_tokens)
     before = jnp.where(token.sequence > 0, ends[token.sequence - 1], 0)
-    tile = jnp.clip(before + token.index // tile_tokens, 0, out.shape[0] - 1)
-    row = token.index % tile_tokens
+    tile = jnp.clip(before + token.step_index // tile_tokens, 0, out.shape[0] - 1)
+    row = token.step_index % tile_tokens
     is_real = token.is_real[:, None]
     out, lse = out[tile, row], lse[tile, row]
     return jnp.where(is_real[..., None], out, jnp.zeros_like(out)), jnp.where(
