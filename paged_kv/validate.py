@@ -291,6 +291,8 @@ def _int32(name: str, array: Any) -> None:
 def token_counts(name: str, counts: Any, cache: "PagedKVCache") -> Any:
     """One int for all sequences, or int32 (batch,)."""
     if _is_int(counts):
+        bounds = jnp.iinfo(jnp.int32)  # what lies outside is out of any range, too
+        counts = min(max(int(counts), bounds.min), bounds.max)
         return jnp.full(cache.seq_lengths.shape, counts, jnp.int32)
     shape = cache.seq_lengths.shape
     if getattr(counts, "shape", None) not in ((), shape) or counts.dtype != jnp.int32:

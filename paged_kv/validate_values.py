@@ -157,7 +157,7 @@ def advanced(cache: "PagedKVCache", num_new_tokens: Any) -> None:
         return
     new, lengths = np.asarray(num_new_tokens), np.asarray(cache.seq_lengths)
     capacity = cache.max_blocks_per_seq * cache.block_size
-    after = lengths + new
+    after = lengths.astype(np.int64) + new
     if (new < 0).any() or (after > capacity).any():
         raise ValueError(
             f"num_new_tokens={new.tolist()} must be at least 0 and keep seq_lengths="
