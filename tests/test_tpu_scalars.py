@@ -33,6 +33,7 @@ OPERATIONS = {
 SETUP = (
     "%s0_s0 = inlined_call_operand.hbm [shape: s32[8], index: 0, kind: input] ;; %s9_s9 = smov 1",
     "%7 = dma.hbm_to_smem %s0_s0, 1, [#allocation5], [#allocation1]",
+    "%6 = dma.hbm_to_smem %s0_s0, 1, [#allocation6 + $0x8], [#allocation1], 4, 4, 1",
     "%s1_s1 = sld [smem:[#allocation5]] ;; %s2_s2 = sld [smem:[#allocation5 + $0x1]]",
     "%p3_p1 = scmp.lt.s32.totalorder %s1_s1, %s2_s2",
     "%p4_p2 = scmp.ge.u32.totalorder %s1_s1, %s2_s2",
@@ -91,6 +92,7 @@ def test_a_division_without_a_choice_leaves_quotient_and_remainder():
         ("sadd.s32 1, %s76_s7", "value 76, which nothing"),
         ("sand.u32 %s0_s0, 1", "the number of an address"),
         ("sld [smem:[#allocation5 + $0x9]]", "a word that nothing wrote"),
+        ("sld [smem:[#allocation6 + $0x8]]", "a copy with strides"),
     ],
 )
 def test_a_branch_on_something_unknown_says_on_what(operation, source):

@@ -150,14 +150,17 @@ class Machine:
         array = self.operands[index] if index < len(self.operands) else None
         return Unknown(f"operand {index}") if array is None else int(array[0])
 
-    def _copy(self, space: str, source: Any, size: Any, target: Any) -> None:
+    def _copy(self, space: str, source: Any, size: Any, target: Any, is_strided: bool) -> None:
         """`size` granules from `source` into a space."""
         base = source.base if isinstance(source, Address) else None
         if space == "vmem" and isinstance(base, int) and base in self.counted:
             self._copies.append(Copy(base, source.offset, _known(size)))
         elif space == "smem":
             scale = self.chip.granule // 4
-            self._store(target, *self._words(source, _known(size) * scale, scale))
+            words = self._words(source, _known(size) * scale, scale)
+            if is_strided:
+                words = [Unknown("a copy with strides")] * len(words)
+            self._store(target, *words)
 
     def _words(self, source: Any, count: int, scale: int) -> list[Any]:
         base = source.base if isinstance(source, Address) else None

@@ -27,19 +27,29 @@ class Tensor:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One kernel of the program and its operands, in order."""
+    """One kernel of the program and its operands, in order.
+
+    aliases: (operand, output) pairs that are one place in memory.
+    """
 
     name: str
     operands: tuple[Any, ...]
+    aliases: tuple[tuple[int, int], ...] = ()
 
     def pools(self, names: frozenset[str], size: int) -> frozenset[int]:
-        """The operands that are one of these arguments, whole and in whatever shape."""
-        return frozenset(
+        """The operands that are one of these arguments, whole and in whatever shape.
+
+        Outputs count on from the operands; one that a pool is updated into is a pool too.
+        """
+        found = {
             index
             for index, operand in enumerate(self.operands)
             if isinstance(operand, Tensor)
             and prod(operand.shape) == size
             and operand.sources & names
+        }
+        return frozenset(
+            found | {len(self.operands) + out for at, out in self.aliases if at in found}
         )
 
 
@@ -66,7 +76,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, calls: list[Kernel
 def _apply(equation: core.JaxprEqn, inputs: list[Any], calls: list[KernelCall]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name == "pallas_call":
-        calls.append(KernelCall(params["name"], tuple(inputs)))
+        calls.append(KernelCall(params["name"], tuple(inputs), params["input_output_aliases"]))
         aliases = {out: inputs[at] for at, out in params["input_output_aliases"]}
         outputs = _tensors(equation, [])
         return [

@@ -96,8 +96,8 @@ def translate(op: str, chosen_from: set[int]) -> list[str]:
         rest = (rest[: guard.start()] + rest[guard.end() :]).strip()
     if name.startswith("dma.") and "_to_" in name:
         space = name.split("_to_")[1]
-        arguments = ", ".join(_arguments(rest)[:3])
-        lines = [f"copy({space!r}, {arguments})"]
+        source, size, target, _, *strides = _arguments(rest)
+        lines = [f"copy({space!r}, {source}, {size}, {target}, is_strided={bool(strides)})"]
     elif name == "sst":
         place, value = rest.removeprefix("[smem:").rsplit("] ", 1)
         lines = [f"store({_argument(place)}, {_argument(value)})"]

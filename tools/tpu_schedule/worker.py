@@ -115,7 +115,7 @@ def _describe(
                 indices[at] = len(arrays)
                 arrays.append(array)
         pools = {at for size in sizes for at in call.pools(names, size)}
-        widths = [call.operands[at].shape[-1] for at in pools]
+        widths = [call.operands[at].shape[-1] for at in pools if at < len(words)]
         calls.append(
             {
                 "kernel": name,
