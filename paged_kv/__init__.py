@@ -8,12 +8,12 @@ from .cache import append_kv as append_kv
 from .cache import gather_kv as gather_kv
 from .cache import init_paged_kv_cache as init_paged_kv_cache
 from .cache import num_blocks_for as num_blocks_for
-from .kernels.core.merge import apply_sinks as apply_sinks
-from .kernels.core.merge import merge_attention_states as merge_attention_states
 from .kernels.core.schedule import Schedule as Schedule
 from .ops import append_and_attend as append_and_attend
 from .ops import append_tokens as append_tokens
+from .ops import apply_sinks as apply_sinks
 from .ops import make_schedule as make_schedule
+from .ops import merge_attention_states as merge_attention_states
 from .ops import paged_attention as paged_attention
 from .state import advance as advance
 from .state import copy_blocks as copy_blocks

@@ -62,7 +62,6 @@ def attend(
     operands: Operands,
 ) -> tuple[Array, Array]:
     """(out, lse) of one attention call, differentiable in query, pools and slopes."""
-    _check_device(choice, query)
     arrays = _uniform((query, key_pool, value_pool, slopes, operands))
     return _attend(problem, choice, *arrays)
 
@@ -128,7 +127,6 @@ def append(
     targets: Targets,
 ) -> tuple[Array, Array]:
     """Both pools with the new tokens written, differentiable in keys, values and pools."""
-    _check_device(choice, keys)
     dtype = key_pool.dtype
     arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool, targets)
     return _append(problem, choice, *_uniform(arrays))
@@ -179,11 +177,7 @@ def _choose(
     if choice.implementation == "xla":
         return reference_fn(*arrays)
     if choice.implementation is not None:
-        module, reason = _load(choice.implementation, op, problem)
-        if reason is not None:
-            raise NotImplementedError(
-                f"implementation={choice.implementation!r} cannot run this {op}: {reason}"
-            )
+        module, _ = _load(choice.implementation, op, problem)
         return _batchable(partial(kernel_fn, module))(*arrays)
     branches = {}
     for name, backend in BACKENDS.items():
@@ -221,9 +215,16 @@ def _uniform(arrays: tuple) -> tuple:
     return jax.tree.map(cast, arrays)
 
 
-def _check_device(choice: Choice, array: Any) -> None:
-    """A named kernel, called eagerly, needs its device or an interpreter."""
-    if choice.implementation not in BACKENDS or choice.interpret or not is_concrete(array):
+def check(op: str, problem: Problem | AppendProblem, choice: Choice, array: Any) -> None:
+    """A named kernel must support the problem; called eagerly, it needs its device."""
+    if choice.implementation not in BACKENDS:
+        return
+    _, reason = _load(choice.implementation, op, problem)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation={choice.implementation!r} cannot run this {op}: {reason}"
+        )
+    if choice.interpret or not is_concrete(array):
         return
     backend = BACKENDS[choice.implementation]
     platforms = {

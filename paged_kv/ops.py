@@ -61,10 +61,12 @@ def append_tokens(
     validate_values.new_slots(cache, problem.cache, query_start_loc)
     starts = layout.start_locations(query_start_loc, problem.cache.batch)
     targets = dispatch.Targets(cache.block_table, cache.seq_lengths, starts, layer)
+    choice = dispatch.Choice(name, interpret)
+    dispatch.check("append", problem, choice, keys)
     with jax.named_scope("paged_kv.append"):
         key_pool, value_pool = _append(
             problem,
-            dispatch.Choice(name, interpret),
+            choice,
             keys,
             values,
             cache.key_pool,
@@ -146,6 +148,8 @@ def paged_attention(
         validate.schedule_matches(schedule, made_for)
     validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
     validate_values.used_entries(cache, problem.cache, query_start_loc, variant)
+    choice = dispatch.Choice(name, interpret)
+    dispatch.check("attention", problem, choice, query)
     with jax.named_scope("paged_kv.attention"):
         if schedule is None:
             schedule = schedules.make(
@@ -154,7 +158,7 @@ def paged_attention(
         operands = dispatch.Operands(cache.block_table, schedule, cache.seq_lengths, layer)
         out, lse = _attend(
             problem,
-            dispatch.Choice(name, interpret),
+            choice,
             query,
             cache.key_pool,
             cache.value_pool,
@@ -234,6 +238,47 @@ def make_schedule(
     made_for = MadeFor.of(shape, num_query_heads, query_start_loc is not None, variant)
     with jax.named_scope("paged_kv.schedule"):
         return schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
+
+
+def merge_attention_states(
+    out_a: Float[Array, "*rows head_dim"],
+    lse_a: Float[Array, "*rows"],
+    out_b: Float[Array, "*rows head_dim"],
+    lse_b: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows head_dim"], Float[Array, "*rows"]]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    Both outputs must be without sinks: apply those once, last.  A side that saw no key (lse -inf)
+    counts for nothing; when neither saw one, the result is 0 and -inf.  The order of merges does
+    not matter.  Computed in float32; `out` takes the dtype of `out_a`.
+
+    Raises:
+      ValueError: the outputs differ in shape, or an lse is not the rows of its output.
+
+    Source: the state merge of FlashInfer (Ye et al., 2025); the algebra is FlashAttention's (Dao et
+    al., 2022).
+    """
+    validate.partial_states(out_a, lse_a, out_b, lse_b)
+    return merge.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def apply_sinks(
+    out: Float[Array, "num_tokens num_query_heads head_dim"],
+    lse: Float[Array, "num_tokens num_query_heads"],
+    sinks: Float[Array, "num_query_heads"],
+) -> Float[Array, "num_tokens num_query_heads head_dim"]:
+    """Adds one term per query head to the denominator: `out * sigmoid(lse - sink)`.
+
+    `sinks` are learned logits in natural units, as gpt-oss has them.  `lse` stays without them, so
+    that partial results can be merged first; apply sinks once, last.  Computed in float32; the
+    result takes the dtype of `out`.
+
+    Raises:
+      ValueError: `lse` is not the rows of `out`, or `sinks` is not (num_query_heads,).
+    """
+    validate.rows_of("lse", lse, out)
+    validate.per_head("sinks", sinks, out.shape[1])
+    return merge.apply_sinks(out, lse, sinks)
 
 
 _append = jax.jit(dispatch.append, static_argnums=(0, 1))

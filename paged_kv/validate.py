@@ -138,9 +138,8 @@ def layer_index(cache: "PagedKVCache", layer: Any) -> jax.Array:
         return jnp.int32(0)
     if layer is None:
         raise ValueError(f"this cache stacks num_layers={num_layers}; say which with layer=")
-    if not _is_int(layer) and (
-        jnp.ndim(layer) != 0 or not jnp.issubdtype(layer.dtype, jnp.integer)
-    ):
+    is_integer = jnp.issubdtype(getattr(layer, "dtype", jnp.float32), jnp.integer)
+    if not _is_int(layer) and (jnp.ndim(layer) != 0 or not is_integer):
         raise ValueError(f"{layer=} must be an int or an int32 scalar")
     if is_concrete(layer):
         in_range("layer", int(layer), num_layers)
@@ -256,6 +255,19 @@ def per_head(name: str, array: Any, num_query_heads: int) -> None:
     floating(f"the dtype of {name}", array.dtype)
 
 
+def partial_states(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> None:
+    """Two (out, lse) pairs over the same rows."""
+    if out_b.shape != out_a.shape:
+        raise ValueError(f"out_b {out_b.shape} must be shaped as out_a, {out_a.shape}")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        rows_of(name, lse, out_a)
+
+
+def rows_of(name: str, lse: Any, out: Any) -> None:
+    if lse.shape != out.shape[:-1]:
+        raise ValueError(f"{name} {lse.shape} must be the rows of out, {out.shape[:-1]}")
+
+
 def implementation_name(implementation: Any, interpret: Any = None) -> str | None:
     """The name, or None for the best; only a named kernel can be interpreted."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -295,7 +307,8 @@ def token_counts(name: str, counts: Any, cache: "PagedKVCache") -> Any:
         counts = min(max(int(counts), bounds.min), bounds.max)
         return jnp.full(cache.seq_lengths.shape, counts, jnp.int32)
     shape = cache.seq_lengths.shape
-    if getattr(counts, "shape", None) not in ((), shape) or counts.dtype != jnp.int32:
+    is_int32 = getattr(counts, "dtype", None) == jnp.int32
+    if not is_int32 or jnp.shape(counts) not in ((), shape):
         raise ValueError(f"{name}={counts!r} must be an int or int32 (batch,) = {shape}")
     return jnp.broadcast_to(jnp.asarray(counts), shape)
 
