@@ -68,7 +68,12 @@ def assert_matches_oracle(problem, actual):
 CASES = {
     # what it is, lengths, heads, limits of the plan, more
     "ragged": ((*EDGES, 130, 64), (8, 4), {}, {}),
-    "two_items_a_step": ((0, 70, *EDGES, 129), (8, 4), {"STEP_ROWS": 512}, {}),
+    "two_rows_a_step": (
+        (0, 64, *EDGES, 64, 64, 64, 64, 40),
+        (8, 4),
+        {"STEP_ROWS": 512},
+        {"max_blocks_per_seq": 4},
+    ),
     "one_kv_head": ((*EDGES, 300), (8, 1), {}, {}),
     "one_step": ((40, 17, 0, 64), (8, 4), {"STEP_ROWS": 1024}, {}),
     "one_full_step": ((64, 64), (8, 4), {"STEP_ROWS": 1024}, {"max_blocks_per_seq": 4}),

@@ -130,7 +130,7 @@ def _kernel(problem: Problem, plan: DecodePlan, *refs: Any) -> None:
     @pl.when(work.num_steps > 0)
     def _() -> None:
         if plan.is_one_step:
-            pipeline.run_once(step, work.first_group())
+            pipeline.run_once(step, work.items(work.first()))
         else:
             _pipeline(step)
 
@@ -153,7 +153,7 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
             views, (keys, values), semaphores, (0, plan.items_per_step), strict=False
         )
     ]
-    work = Work(plan, rows, pl.program_id(0))
+    work = Work(plan, rows, pl.program_id(0), problem.variant.left is not None)
     return Step(
         plan=plan,
         variant=pipeline.of_last_token(problem.variant),
@@ -174,54 +174,66 @@ def _pipeline(step: Step) -> None:
     plan, copies = step.plan, step.copies
     num_steps = copies.work.num_steps
     clear_pads(plan, (copies.keys, copies.values))
-    groups = _begin(step)
+    cursors = _begin(step)
 
-    def each(i: Any, groups: Groups) -> Groups:
+    def each(i: Any, cursors: tuple[Any, ...]) -> tuple[Any, ...]:
         for slot in range(SETS):
-            pl.when(i * SETS + slot < num_steps)(partial(_turn, step, slot, groups))
-            groups = Groups(*groups[1:], copies.work.group_after(groups.fourth))
-        return groups
+            pl.when(i * SETS + slot < num_steps)(partial(_turn, step, slot, cursors))
+            cursors = (*cursors[1:], copies.work.after(cursors[-1]))
+        return cursors
 
-    lax.fori_loop(0, lax.div(num_steps + (SETS - 1), SETS), each, groups)
+    lax.fori_loop(0, lax.div(num_steps + (SETS - 1), SETS), each, cursors)
     for slot in range(SETS):  # what the last step started for one that never comes
         pl.when(lax.rem(num_steps, SETS) == slot)(partial(copies.wait_slices, slot))
 
 
-def _begin(step: Step) -> Groups:
-    """Makes the first group's scores; on their way are the keys of two more, and its values."""
+def _begin(step: Step) -> tuple[Any, ...]:
+    """Makes the first group's scores; on their way are the keys of two more, and its values.
+
+    Returns the cursors of the first step's groups.
+    """
     plan, copies = step.plan, step.copies
     work = copies.work
-    groups = [work.first_group()]
+    cursors = [work.first()]
     for _ in range(4):
-        groups.append(work.group_after(groups[-1]))
+        cursors.append(work.after(cursors[-1]))
+    groups = [work.items(cursor) for cursor in cursors]
     for slot in range(SETS):
         copies.start_slices(slot, copies.keys, groups[slot])
         copies.start_slices(slot, copies.values, groups[slot])
     for slot in range(SETS):
         copies.wait_slices(slot)
-        copies.start(slot, copies.keys, groups[slot], slot)
+        copies.start_any(slot, copies.keys, groups[slot], slot)
         if slot == 0:
-            copies.start(slot, copies.values, groups[slot], slot)
+            copies.start_any(slot, copies.values, groups[slot], slot)
     copies.start_slices(0, copies.keys, groups[3])
     copies.start_slices(0, copies.values, groups[1])
     copies.wait(copies.keys, groups[0], 0)
     scores = ScoreStage(step, 0, groups[0], None)
     for u, first in plan.chunks:
         scores.chunk(u, first)
-    return Groups(work.no_group(), *groups)
+    return work.none(), *cursors
 
 
-def _turn(step: Step, slot: int, groups: Groups) -> None:
+def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
     """Waits for what a step needs, and runs it the way its copies allow."""
-    plan, copies = step.plan, step.copies
+    plan, copies, work = step.plan, step.copies, step.copies.work
+    groups = Groups(*(work.items(cursor) for cursor in cursors))
     ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
     copies.wait_slices(slot)
-    copies.wait(copies.keys, groups.next, ahead)
-    copies.wait(copies.values, groups.before, behind)
-    copies.clear(groups.before, behind, starts_late=step.variant.left is not None)
-    work, whole = copies.work, plan.items_per_step * plan.blocks_per_tile
-    is_full = work.total_blocks(groups.third) == whole
-    is_full &= work.total_blocks(groups.next) == whole
+
+    def wait_for_whole() -> None:
+        copies.wait_whole(copies.keys, ahead)
+        copies.wait_whole(copies.values, behind)
+
+    def wait() -> None:
+        copies.wait(copies.keys, groups.next, ahead)
+        copies.wait(copies.values, groups.before, behind)
+        copies.clear(groups.before, behind)
+
+    is_whole = work.are_full(groups.next) & work.are_whole(groups.before)
+    lax.cond(is_whole, wait_for_whole, wait)
+    is_full = work.are_full([*groups.third, *groups.next])
     way = jnp.where(is_full, 0, 1)
     if plan.run > 1:
         are_runs = copies.are_runs(slot, copies.keys, groups.third)

@@ -111,6 +111,22 @@ class Copies:
             for i in range(0, self.plan.blocks_per_tile, run)
         ]
 
+    def start_any(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
+        """Starts the copies of exactly the blocks that hold tokens, if there are any."""
+        some = partial(self.start, slot, stream, items, target)
+        is_some = self.work.total_blocks(items) > 0
+        if len(items) == 1:
+            pl.when(is_some)(some)
+            return
+
+        def all_of_them() -> None:
+            for start in self.listed(slot, stream, items, target, 1):
+                start()
+
+        is_full = self.work.are_full(items)
+        pl.when(is_full)(all_of_them)
+        pl.when(is_some & ~is_full)(some)
+
     def start(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
         """Starts the copies of exactly the blocks that hold tokens."""
         for u, (item, base) in enumerate(zip(items, self._bases(stream, items), strict=True)):
@@ -159,14 +175,13 @@ class Copies:
             part = stream.buffers[target].at[pl.ds(0, rows)]
             pltpu.make_async_copy(part, part, stream.semaphores.at[target]).wait()
 
-    def clear(self, items: list[Item], target: int, *, starts_late: bool) -> None:
+    def clear(self, items: list[Item], target: int) -> None:
         """Zeros the values of tokens that no query sees: no weight makes NaN harmless."""
         plan, work = self.plan, self.work
         for u, item in enumerate(items):
-            left = work.left(item)
-            is_cut = (left > 0) & (left < plan.tile_tokens)
-            pl.when(is_cut)(partial(self._clear_end, target, u, left))
-            if starts_late:
+            is_cut = (item.left > 0) & (item.left < plan.tile_tokens)
+            pl.when(is_cut)(partial(self._clear_end, target, u, item.left))
+            if work.starts_late:
                 late = (item.tile == 0) & (work.start(item) > 0)
                 pl.when(late)(partial(self._keep, target, u, 0, work.start(item), plan.block_size))
 

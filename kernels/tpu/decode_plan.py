@@ -21,7 +21,7 @@ MAX_TILE_ROWS = 8192  # (token, kv head) rows of a tile
 MAX_TILE_TOKENS = 4096
 STEP_ROWS = 8192  # rows of a step below which latencies show
 SMALL_STEP_ROWS = 4096  # the same where copies limit
-MAX_ITEMS = 4  # of a step
+MAX_ITEMS = 8  # of a step
 QUERY_BYTES = 2 << 20  # queries of a program
 COMPILER_BYTES = 2 << 20  # left to the compiler
 
@@ -42,6 +42,7 @@ class DecodePlan:
     columns: int  # of the table, in whole slices
     run: int  # blocks of a merged copy; 1: none is merged
     spread: float  # share of a step over which its copies are started
+    has_one_tile: bool  # no row has more; a step of several items takes one of each row
     is_one_step: bool  # there are never more items than a step takes
 
     @property
@@ -128,7 +129,9 @@ def _plans(problem: Problem) -> Iterator[DecodePlan]:
         tile_rows = blocks * cache.rows_per_block
         chunk = next((n for n in (256, 128) if tile_rows % n == 0), None)
         most_items = cache.batch * -(-columns // blocks)
-        items = max(1, min(MAX_ITEMS, step_rows // tile_rows, most_items))
+        has_one_tile = columns <= blocks
+        most = min(MAX_ITEMS, step_rows // tile_rows, most_items) if has_one_tile else 1
+        items = max(1, most)
         while items and chunk is not None:
             yield DecodePlan(
                 rows_per_program=rows,
@@ -143,6 +146,7 @@ def _plans(problem: Problem) -> Iterator[DecodePlan]:
                 columns=round_up(columns, max(TABLE_WINDOW, blocks)),
                 run=RUN if is_small and blocks % RUN == 0 else 1,
                 spread=1.0 if is_small else 0.5,
+                has_one_tile=has_one_tile,
                 is_one_step=most_items <= items,
             )
             items //= 2

@@ -12,7 +12,7 @@ which much needs, would come first, and spill: their maximum waits for scores tw
 """
 
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -100,11 +100,9 @@ class ScoreStage:
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        left = step.copies.work.left(item)
         for j in range(0, plan.chunk_rows, LANES):
-            scores = self._masked(
-                item, left, (first + j) // plan.num_kv_heads, dots[:, j : j + LANES]
-            )
+            token = (first + j) // plan.num_kv_heads
+            scores = self._masked(item.left, token, dots[:, j : j + LANES])
             step.scores[self.slot][:, pl.ds(at + j, LANES)] = scores
             starts = first == 0 and j == 0
             self.top = scores if starts else jnp.maximum(self.top, scores)
@@ -112,7 +110,7 @@ class ScoreStage:
         if first + plan.chunk_rows == plan.tile_rows:
             step.stats[self.slot][u, LANE_TOP] = self.top
 
-    def _masked(self, item: Item, left: Any, token: int, dots: Any) -> Any:
+    def _masked(self, left: Any, token: int, dots: Any) -> Any:
         """Scores of a register; positions count from its first token."""
         step = self.step
         stop = left - token
@@ -190,7 +188,7 @@ def write(step: Step, item: Item, state: softmax.State) -> None:
     row = work.query(item)
     out, lse = softmax.finish(ROWS, state)
     # before the first item and past the last one there is nothing but what stands in the buffers
-    is_item = work.left(item) > 0
+    is_item = item.left > 0
     step.out[row] = jnp.where(is_item, out.astype(step.out.dtype), step.out[row])
     shape = (step.plan.num_heads, LANES)
     is_own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -209,8 +207,8 @@ def run(step: Step, slot: int, way: str, groups: Groups) -> None:
         keys = copies.listed(slot, copies.keys, groups.third, slot, count)
         values = copies.listed(slot, copies.values, groups.next, ahead, count)
     else:
-        copies.start(slot, copies.keys, groups.third, slot)
-        copies.start(slot, copies.values, groups.next, ahead)
+        copies.start_any(slot, copies.keys, groups.third, slot)
+        copies.start_any(slot, copies.values, groups.next, ahead)
     chunks = plan.chunks
     pace = partial(Paced, num_chunks=len(chunks), spread=plan.spread)
     keys, values = pace(keys), pace(values)
@@ -237,8 +235,8 @@ def run_once(step: Step, items: list[Item]) -> None:
     for stream in (copies.keys, copies.values):
         copies.start_slices(slot, stream, items)
     copies.wait_slices(slot)
-    is_full = reduce(jnp.logical_and, [copies.work.is_whole(item) for item in items])
-    lax.cond(is_full, partial(_once_full, step, items), partial(_once_cut, step, items))
+    is_whole = copies.work.are_whole(items)
+    lax.cond(is_whole, partial(_once_full, step, items), partial(_once_cut, step, items))
 
 
 def _once_full(step: Step, items: list[Item]) -> None:
@@ -264,7 +262,7 @@ def _once_cut(step: Step, items: list[Item]) -> None:
     copies.wait(copies.keys, items, slot)
     _score_and_weigh(step, items, None)
     copies.wait(copies.values, items, slot)
-    copies.clear(items, slot, starts_late=step.variant.left is not None)
+    copies.clear(items, slot)
     _take(step, items)
 
 

@@ -13,8 +13,6 @@ from jax import Array, lax
 
 from .decode_plan import DecodePlan
 
-PAST = 1 << 18  # a tile behind every row's end
-
 
 class DecodeRows(NamedTuple):
     """Rows in the order they are worked on, int32 (programs * rows_per_program,) each.
@@ -54,6 +52,7 @@ class Item(NamedTuple):
 
     row: Any  # of the program's list
     tile: Any
+    left: Any  # tokens from the tile's start to the row's end; none past the last item
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Work:
     plan: DecodePlan
     rows: DecodeRows
     program: Any
+    starts_late: bool  # some row's first tokens are not seen
 
     @property
     def num_rows(self) -> Any:
@@ -87,38 +87,62 @@ class Work:
         """Tokens of a row's first tile that are not seen."""
         return self.rows.start[self._at(item)]
 
-    def left(self, item: Item) -> Any:
-        """Tokens from the tile's start to the row's end; none are left past the last item."""
-        return self.rows.stop[self._at(item)] - item.tile * self.plan.tile_tokens
-
-    def is_whole(self, item: Item) -> Any:
-        """Whether every token of the tile is seen."""
-        is_late = (item.tile == 0) & (self.start(item) > 0)
-        return (self.left(item) >= self.plan.tile_tokens) & ~is_late
-
     def num_blocks(self, item: Item) -> Any:
-        blocks = lax.div(self.left(item) + (self.plan.block_size - 1), self.plan.block_size)
-        return jnp.clip(blocks, 0, self.plan.blocks_per_tile)
+        size = self.plan.block_size
+        return _floor_div(jnp.clip(item.left, 0, self.plan.tile_tokens) + (size - 1), size)
 
     def total_blocks(self, items: list[Item]) -> Any:
         return reduce(jnp.add, [self.num_blocks(item) for item in items])
 
-    def first_group(self) -> list[Item]:
+    def are_full(self, items: list[Item]) -> Any:
+        """Whether every block of the tiles holds tokens up to its last one."""
+        return reduce(jnp.minimum, [item.left for item in items]) >= self.plan.tile_tokens
+
+    def are_whole(self, items: list[Item]) -> Any:
+        """Whether every token of the tiles is seen, besides."""
+        if not self.starts_late:
+            return self.are_full(items)
+        late = [(item.tile == 0) & (self.start(item) > 0) for item in items]
+        return self.are_full(items) & ~reduce(jnp.logical_or, late)
+
+    # A group of items is found from its cursor: its only item or, if rows have one tile, its first
+    # row.  Cursors are what a loop carries.
+
+    def first(self) -> Any:
+        """The cursor of the first group."""
         zero = jnp.int32(0)
-        return self.group_after([Item(zero, zero - 1)])
+        return zero if self.plan.has_one_tile else Item(zero, zero, self._tokens(zero))
 
-    def no_group(self) -> list[Item]:
-        last = jnp.maximum(self.num_rows - 1, 0)
-        return [Item(last, jnp.int32(PAST))] * self.plan.items_per_step
+    def none(self) -> Any:
+        """The cursor of a group without tokens."""
+        if self.plan.has_one_tile:
+            return self.num_rows
+        return Item(jnp.maximum(self.num_rows - 1, 0), jnp.int32(1), jnp.int32(0))
 
-    def group_after(self, group: list[Item]) -> list[Item]:
-        """The items of the next step."""
-        items = [group[-1]]
-        for _ in range(self.plan.items_per_step):
-            items.append(self._after(items[-1]))
-        return items[1:]
+    def after(self, cursor: Any) -> Any:
+        """The cursor of the next group."""
+        plan = self.plan
+        if plan.has_one_tile:
+            return cursor + plan.items_per_step
+        ends = (cursor.left <= plan.tile_tokens) & (cursor.row + 1 < self.num_rows)
+        row = jnp.where(ends, cursor.row + 1, cursor.row)
+        left = jnp.where(ends, self._tokens(row), cursor.left - plan.tile_tokens)
+        return Item(row, jnp.where(ends, 0, cursor.tile + 1), left)
 
-    def _after(self, item: Item) -> Item:
-        is_last = self.left(item) <= self.plan.tile_tokens
-        ends = is_last & (item.row + 1 < self.num_rows)
-        return Item(jnp.where(ends, item.row + 1, item.row), jnp.where(ends, 0, item.tile + 1))
+    def items(self, cursor: Any) -> list[Item]:
+        if not self.plan.has_one_tile:
+            return [cursor]
+        items, last = [], jnp.maximum(self.num_rows - 1, 0)
+        for u in range(self.plan.items_per_step):
+            row = jnp.minimum(cursor + u, last)
+            left = jnp.where(cursor + u < self.num_rows, self._tokens(row), 0)
+            items.append(Item(row, 0, left))
+        return items
+
+    def _tokens(self, row: Any) -> Any:
+        return self.rows.stop[self.program * self.plan.rows_per_program + row]
+
+
+def _floor_div(x: Any, n: int) -> Any:
+    """x // n of a number that is not negative."""
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else lax.div(x, jnp.int32(n))
