@@ -17,7 +17,7 @@ from tools.tpu_schedule import __main__ as command
 from tools.tpu_schedule import dump, operands, paths, program
 from tools.tpu_schedule.chips import CHIPS, TOPOLOGIES, chip_of
 from tools.tpu_schedule.figures import Call, Ways, figures
-from tools.tpu_schedule.machine import Copy, Machine
+from tools.tpu_schedule.machine import Block, Copy, Machine, Trace, Visit
 from tools.tpu_schedule.measure import CompileError, measure
 
 KEYS = [
@@ -110,8 +110,26 @@ def test_the_hot_loop_is_measured_on_the_way_most_of_its_time_takes(limit, spill
     kernel = loop_dump()
     path = paths.hot_path(kernel, followed(LOOP, 100, limit))
     assert (path.cycles, path.copies, path.granules) == (cycles, copies, 4 + 8 * (copies - 1))
-    assert kernel.spills(path.bundles) == spills
+    assert kernel.spills(path.passes) == spills
     assert path.iterations == (100 - limit if limit < 50 else 100)
+
+
+def test_when_no_way_takes_half_of_the_time_all_are_measured_together():
+    head, tail = Block(0, 4, None, int), Block(10, 12, 0, int)
+    ways = [Block(4, 5, None, int), Block(5, 7, None, int), Block(7, 10, None, int)]
+    copy = (Copy(1, 0, 3),)
+    visits = [
+        visit
+        for way in ways
+        for _ in range(10)
+        for visit in (Visit(head, copy), Visit(way, ()), Visit(tail, ()))
+    ]
+    trace = Trace((*visits, Visit(Block(12, 13, None, int), ())), is_whole=True)
+    kernel = dump.Dump("kernel", ((),) * 13, dump.Slots((), (), ()), 0)
+    path = paths.hot_path(kernel, trace)
+    assert (path.iterations, path.cycles, path.copies, path.granules) == (30, 8, 1, 3)
+    assert path.passes[3] == 1
+    assert path.passes[9] == pytest.approx(1 / 3)
 
 
 def test_without_a_hot_loop_the_whole_kernel_is_measured():

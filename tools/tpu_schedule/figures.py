@@ -50,23 +50,24 @@ class Hot:
 
     @property
     def spills(self) -> int:
-        return self.dump.spills(set(self.path.bundles))
+        return self.dump.spills(self.path.passes)
 
     @property
     def idle(self) -> float:
         """Share of cycles in which nothing starts."""
-        bundles = self.dump.bundles
-        return sum(not bundles[at] for at in self.path.bundles) / len(self.path.bundles)
+        bundles, passes = self.dump.bundles, self.path.passes
+        return sum(times for at, times in passes.items() if not bundles[at]) / self.path.cycles
 
     @property
     def busy(self) -> dict[str, float]:
         """Share of each unit's slots that are filled."""
-        slots, bundles = self.dump.slots, self.path.bundles
-        return {
-            unit: sum(slots.used[at][index] for at in bundles) / (capacity * len(bundles))
-            for index, (unit, capacity) in enumerate(zip(slots.units, slots.capacity, strict=True))
-            if capacity
-        }
+        slots, path = self.dump.slots, self.path
+        filled = [
+            sum(times * slots.used[at][unit] for at, times in path.passes.items())
+            for unit in range(len(slots.units))
+        ]
+        each = zip(slots.units, slots.capacity, filled, strict=True)
+        return {unit: n / (capacity * path.cycles) for unit, capacity, n in each if capacity}
 
 
 def hot_of(ways: Ways) -> Hot:

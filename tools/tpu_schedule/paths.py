@@ -2,12 +2,13 @@
 
 The hot loop is the innermost one that takes at least half of the time, has the matrix unit's work
 (if the kernel has any) and brings in keys and values.  A body of several variants behind branches
-is measured on the variant that takes most of the time: full tiles, if the case has any number of
-them.  A kernel without such a loop is measured from end to end.
+is measured on the one that takes at least half of the loop's time, full tiles if a case has any
+number of them; if none does, on all together.  A kernel without such a loop is measured from end
+to end.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,18 +20,18 @@ from .machine import Trace, Visit
 class Path:
     """One way through the hot loop: averages over the iterations that take it.
 
-    bundles: their addresses, each once for every time that an iteration passes it.
+    passes: how often each bundle runs in an iteration.
     """
 
     iterations: int
     cycles: float
     copies: float
     granules: float
-    bundles: tuple[int, ...]
+    passes: Mapping[int, float]
 
 
 def hot_path(dump: Dump, trace: Trace) -> Path:
-    """The way that takes most of the time in the hot loop."""
+    """The way through the hot loop that the kernel is measured on."""
     has_products = dump.uses_matrix_unit(range(len(dump.bundles)))
     for start, stop in sorted(_loops(trace), key=lambda loop: loop[1] - loop[0]):
         iterations = list(_iterations(trace, start, stop))
@@ -66,27 +67,34 @@ def _iterations(trace: Trace, start: int, stop: int) -> Iterator[list[Visit]]:
         yield current
 
 
-def _commonest(iterations: list) -> Path:
-    """Iterations grouped by the blocks they pass; the group that takes most of the time."""
+def _commonest(iterations: Sequence[Sequence[Visit]]) -> Path:
+    """The iterations that pass the same blocks, if they take half of the time; else all."""
     groups = defaultdict(list)
     for visits in iterations:
-        groups[frozenset(visit.block.start for visit in visits)].append(visits)
-    some = {way: group for way, group in groups.items() if any(v.copies for g in group for v in g)}
-    group = max((some or groups).values(), key=lambda group: sum(map(_cycles, group)))
+        if any(visit.copies for visit in visits):
+            groups[frozenset(visit.block.start for visit in visits)].append(visits)
+    group = max(groups.values(), key=_total, default=iterations)
+    if 2 * _total(group) < _total(iterations):
+        group = iterations
     count = len(group)
     copies = [copy for visits in group for visit in visits for copy in visit.copies]
+    passes = Counter(_bundles(chain.from_iterable(group)))
     return Path(
         iterations=count,
-        cycles=sum(map(_cycles, group)) / count,
+        cycles=_total(group) / count,
         copies=len(copies) / count,
         granules=sum(copy.size for copy in copies) / count,
-        bundles=tuple(_bundles(group[0])),
+        passes={at: times / count for at, times in passes.items()},
     )
 
 
-def _cycles(visits) -> int:
+def _total(iterations: Sequence[Sequence[Visit]]) -> int:
+    return sum(map(_cycles, iterations))
+
+
+def _cycles(visits: Iterable[Visit]) -> int:
     return sum(visit.block.cycles for visit in visits)
 
 
-def _bundles(visits) -> Iterator[int]:
+def _bundles(visits: Iterable[Visit]) -> Iterator[int]:
     return chain.from_iterable(range(visit.block.start, visit.block.stop) for visit in visits)
