@@ -47,7 +47,7 @@ def attend(
         table=block_table,
         work=jnp.stack(work_list(tiles, problem.variant, plan.keys), axis=1),
         slopes=_slope_of_rows(problem, plan, alibi_slopes),
-        layer=layer.reshape(1),
+        numbers=jnp.stack([layer * cache.num_blocks, jnp.int32(plan.keys.blocks_per_tile)]),
     )
     out, lse = _call(problem, plan, interpret)(*inputs)
     shape = (plan.num_tiles, plan.tile_tokens, problem.num_query_heads)

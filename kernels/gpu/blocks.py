@@ -134,10 +134,13 @@ def copy_tile(
     item: Item,
     tile: Any,
     first_block: Any,
+    count: Any,
 ) -> None:
     """Starts one TMA copy per cache block of a key tile into the slot of `step`.
 
     pool_ref: (blocks of all layers, rows_per_block, head_dim); `first_block` is the layer's first.
+    count: blocks_per_tile as a number that the compiler does not know; it would unroll the loop,
+      and that takes more registers than a producer has.
     A block that no query of the item can see is read outside the pool, which brings zeros: its
     table entry is no address.
     """
@@ -160,8 +163,6 @@ def copy_tile(
         plgpu.copy_gmem_to_smem(pool_ref.at[block], ring.slots.at[slot, rows], ring.full.at[slot])
         return block_of(i + 1)  # read while the copy is on its way
 
-    # a count that the compiler does not know: unrolled, the loop needs more registers than are left
-    count = lax.optimization_barrier(jnp.int32(keys.blocks_per_tile))
     lax.fori_loop(0, count, copy, block_of(0))
 
 

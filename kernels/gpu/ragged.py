@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
     table: Any  # int32 (batch, max_blocks_per_seq)
     work: Any  # int32 (num_tiles, fields of an Item)
     slopes: Any  # float32 (parts * consumers, WARPGROUP_ROWS)
-    layer: Any  # int32 (1,)
+    numbers: Any  # int32 (2,), the first block of the layer and keys.blocks_per_tile
 
 
 class Cta(NamedTuple):
@@ -107,7 +107,7 @@ def body(*refs: Any, problem: Problem, plan: Plan, is_simulated: bool, **smem: A
 def _produce(cta: Cta) -> None:
     """Brings the query rows and the key tiles of every item, in the order of the visits."""
     plan, inputs = cta.plan, cta.inputs
-    first_block = inputs.layer[0] * cta.problem.cache.num_blocks
+    first_block, count = inputs.numbers[0], inputs.numbers[1]
     if plan.keys.padding_rows:
         _zero_padding(cta)
 
@@ -120,17 +120,23 @@ def _produce(cta: Cta) -> None:
 
         @pl.loop(0, item.num_visits)
         def _(i):
-            where = {"keys": plan.keys, "table_ref": inputs.table, "item": item}
+            copy = partial(
+                blocks.copy_tile,
+                keys=plan.keys,
+                table_ref=inputs.table,
+                item=item,
+                tile=item.visited(i),
+                first_block=first_block,
+                count=count,
+            )
             for ring, pool in ((cta.keys, inputs.keys), (cta.values, inputs.values)):
                 ring.await_empty(steps + i)
-                blocks.copy_tile(
-                    pool, ring, steps + i, tile=item.visited(i), first_block=first_block, **where
-                )
+                copy(pool, ring, steps + i)
 
-    count, steps = cta.loop(visit)
+    num_items, steps = cta.loop(visit)
     cta.keys.drain(steps)
     cta.values.drain(steps)
-    cta.query.drain(count)
+    cta.query.drain(num_items)
 
 
 def _zero_padding(cta: Cta) -> None:
