@@ -22,7 +22,7 @@ from ..core.schedule import Schedule
 from . import decode_plan as plans
 from . import pipeline, worklist
 from .blocks import COMPILER_PARAMS, allocate, result
-from .decode_copies import Copies, Stream, clear_pads, flat_table
+from .decode_copies import Copies, Stream, clear_pads, sliced_table
 from .decode_plan import SETS, DecodePlan
 from .device import vmem_bytes
 from .pipeline import Groups, ScoreStage, Step
@@ -58,7 +58,7 @@ def attend(
         slopes = jnp.pad(alibi_slopes.astype(jnp.float32), (0, pad))
         arrays.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
     pools = [pool for pool in (key_pool, value_pool) for pool in _views(plan, pool)]
-    table = flat_table(plan, table, layer * problem.cache.num_blocks)
+    table = sliced_table(plan, table, layer * problem.cache.num_blocks)
     call = _make_call(problem, plan, query, interpret)
     out, lse = call(*rows, *arrays, table, *pools)
     return out[:, :num_heads].astype(query.dtype), lse[:, :num_heads]

@@ -24,8 +24,8 @@ from .worklist import Item, Work
 UNROLL = 8  # copies of an iteration of a loop over them
 
 
-def flat_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
-    """The table's rows in whole slices, one after the other; `first_block` is the layer's.
+def sliced_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
+    """The table in slices, (slices of all rows, 1, slice_entries); `first_block` is the layer's.
 
     The first entry of a tile whose blocks lie in runs is stored inverted, and so negative.  No
     entry is used as an address but those of blocks that hold tokens.
@@ -40,8 +40,7 @@ def flat_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
         column = lax.broadcasted_iota(jnp.int32, table.shape, 1)
         is_first = column % plan.blocks_per_tile == 0
         table = jnp.where(is_run & is_first, ~table, table)
-    table = table.reshape(-1)
-    return jnp.pad(table, (0, max(0, plan.slices - table.shape[0])))
+    return table.reshape(-1, 1, plan.slice_entries)
 
 
 class Stream(NamedTuple):
@@ -60,7 +59,7 @@ class Copies:
 
     plan: DecodePlan
     work: Work
-    table: Any  # HBM, flat
+    table: Any  # HBM, (slices, 1, slice_entries)
     slices: tuple[Any, ...]  # SMEM, one set per step
     slice_semaphores: Any
     keys: Stream
@@ -70,17 +69,15 @@ class Copies:
         """Starts the copies of the table's slices that name the items' blocks."""
         size = self.plan.slice_entries
         for u, item in enumerate(items):
-            offset = self.work.sequence(item) * self.plan.columns + self._column(item)
-            offset = pl.multiple_of(lax.div(offset, size) * size, size)
+            row = self.work.sequence(item) * (self.plan.columns // size)
+            source = self.table.at[row + lax.div(self._column(item), size), 0]
             target = self.slices[slot].at[pl.ds((stream.first_slice + u) * size, size)]
-            source = self.table.at[pl.ds(offset, size)]
             pltpu.make_async_copy(source, target, self.slice_semaphores.at[slot]).start()
 
     def wait_slices(self, slot: int) -> None:
         """Waits for a step's slices, of keys and values."""
-        source = self.table.at[pl.ds(0, self.plan.slices)]
-        semaphore = self.slice_semaphores.at[slot]
-        pltpu.make_async_copy(source, self.slices[slot], semaphore).wait()
+        slices = self.slices[slot]
+        pltpu.make_async_copy(slices, slices, self.slice_semaphores.at[slot]).wait()
 
     def _column(self, item: Item) -> Any:
         return jnp.minimum(item.tile, self.plan.tiles - 1) * self.plan.blocks_per_tile
