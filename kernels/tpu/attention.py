@@ -19,7 +19,7 @@ from ..core import softmax
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
 from ..core.variant import LOG2E
-from . import decode
+from . import decode, prefill
 from . import plan as plans
 from .blocks import (
     COMPILER_PARAMS,
@@ -78,11 +78,12 @@ def attend(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries over pools with a leading layer axis."""
-    decode_plan = decode.plan_of(problem)
+    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+    decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
     if decode_plan is not None:
-        pools = key_pool, value_pool
-        arrays = (query, *pools, block_table, schedule, alibi_slopes, layer)
         return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+    if prefill_plan is not None:
+        return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
     plan = plans.plan_attention(problem)
     assert plan is not None, "unsupported() comes first"
     num_heads, head_dim = query.shape[1:]

@@ -1,0 +1,342 @@
+"""Prefill on TPU: paged attention of many query tokens per sequence, bound by the matrix unit.
+
+A program takes a tile of whole query tokens of one sequence, all heads, and visits the tiles of
+keys that some of them sees: tiles that all of them see in one step without masks, others part by
+part with masks.  While a visit computes, it makes the next visit's raw rows ready, and starts the
+copies of the one after, also across programs.
+
+Queries come in and results go out transposed, tokens on lanes; XLA does it in the pass that cuts
+packed tokens into tiles.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..core import softmax
+from ..core.problem import Problem
+from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from . import prefill_plan as plans
+from . import prefill_step as steps
+from .blocks import COMPILER_PARAMS, allocate, as_rows, result, table_windows
+from .plan import LANES, BlockRows
+from .prefill_plan import AHEAD, Chip, PrefillPlan
+from .prefill_prepare import Preparation
+from .prefill_step import Buffers, Chores, Step
+from .prefill_visits import Programs, Visit, VisitCopies, following, programs_of
+
+ROWS = softmax.Rows(
+    reduce=lambda op, x: op(x, axis=0, keepdims=True),
+    expand=jnp.broadcast_to,
+)
+BLOCKS_AT_ONCE = 4  # copies started by one chore
+
+
+def plan_of(problem: Problem) -> PrefillPlan | None:
+    """How this kernel would run the problem on the chip it is traced for; None if it would not."""
+    return plans.plan_prefill(problem, _chip())
+
+
+def _chip() -> Chip:
+    """The chip that the program is traced for, as far as it is known."""
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:  # traced where there is none
+        return plans.SMALL_CHIP
+    return Chip(info.vmem_capacity_bytes, info.mxu_column_size >= plans.ITEM_ROWS)
+
+
+def attend(
+    problem: Problem,
+    plan: PrefillPlan,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """(out, lse) of packed queries over pools with a leading layer axis."""
+    tiles = tile_queries(
+        schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens
+    )
+    programs = programs_of(plan, problem.variant, tiles, layer)
+    q = gather_tiles(query.astype(problem.cache.dtype), tiles, plan.tile_tokens, True)
+    arrays = [_to_items(plan, q)]
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.astype(jnp.float32).reshape(plan.num_kv_heads, 1, plan.group)
+        arrays.append(_to_lanes(plan, jnp.tile(slopes, (1, plan.item_tokens, 1))))
+    rows = BlockRows.of(problem.cache)
+    pools = [as_rows(pool, rows) for pool in (key_pool, value_pool)]
+    table = table_windows(block_table, problem.cache.num_blocks)
+    call = _make_call(problem, plan, query, interpret)
+    out, lse = call(*programs, *arrays, table, *pools)
+    out, lse = _from_items(plan, out), _from_items(plan, lse[:, :, None])[..., 0]
+    return untile(schedule, out.astype(query.dtype), lse, num_tokens=problem.num_tokens)
+
+
+def _to_items(plan: PrefillPlan, q: Array) -> Array:
+    """(tiles, tile tokens, heads, head_dim) to (tiles, items, head_dim, rows)."""
+    q = q.reshape(-1, plan.row_blocks, plan.item_tokens, plan.num_kv_heads, plan.group, q.shape[-1])
+    q = q.transpose(0, 3, 1, 5, 2, 4)
+    return _to_lanes(plan, q).reshape(-1, plan.num_items, plan.head_dim, plan.item_rows)
+
+
+def _to_lanes(plan: PrefillPlan, x: Array) -> Array:
+    """(..., item tokens, group) to (..., rows)."""
+    x = x.reshape(*x.shape[:-2], -1)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, plan.item_rows - x.shape[-1])])
+
+
+def _from_items(plan: PrefillPlan, x: Array) -> Array:
+    """(tiles, items, n, rows) to (tiles, tile tokens, heads, n)."""
+    n = x.shape[2]
+    x = x[..., : plan.item_tokens * plan.group]
+    x = x.reshape(-1, plan.num_kv_heads, plan.row_blocks, n, plan.item_tokens, plan.group)
+    return x.transpose(0, 2, 4, 1, 5, 3).reshape(
+        -1, plan.tile_tokens, plan.num_kv_heads * plan.group, n
+    )
+
+
+def _make_call(problem: Problem, plan: PrefillPlan, query: Array, interpret: Any) -> Any:
+    n, items, rows, head_dim = (
+        plan.num_query_tiles,
+        plan.num_items,
+        plan.item_rows,
+        plan.head_dim,
+    )
+    tile = lambda *shape: pl.BlockSpec((None, *shape), lambda i, *_: (i, *[0] * len(shape)))
+    shared = lambda *shape: pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    slopes = [shared(plan.num_kv_heads, rows)] if problem.variant.has_alibi else []
+    flops, num_bytes, transcendentals = problem.cost
+    return pl.pallas_call(
+        partial(_kernel, problem, plan, bool(interpret)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(Programs._fields),
+            grid=(n,),
+            in_specs=[tile(items, head_dim, rows), *slopes, hbm, hbm, hbm],
+            out_specs=[tile(items, head_dim, rows), tile(items, rows)],
+            scratch_shapes=allocate(plans.prefill_scratch(plan)),
+        ),
+        out_shape=[
+            result((n, items, head_dim, rows), jnp.dtype(plans.out_dtype(problem)), query),
+            result((n, items, rows), jnp.float32, query),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=plan.vmem_limit,
+            **COMPILER_PARAMS,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=transcendentals, bytes_accessed=num_bytes
+        ),
+        interpret=False if interpret is None else interpret,
+        name="paged_prefill",
+    )
+
+
+class _Kernel(NamedTuple):
+    """What the visits of a program share."""
+
+    problem: Problem
+    plan: PrefillPlan
+    programs: Programs
+    query: Any
+    slopes: Any
+    buffers: Buffers
+    copies: VisitCopies
+    preparation: Preparation
+
+
+def _kernel(problem: Problem, plan: PrefillPlan, is_interpreted: bool, *refs: Any) -> None:
+    n = len(Programs._fields)
+    programs, (query, *rest) = Programs(*refs[:n]), refs[n:]
+    slopes = rest.pop(0) if problem.variant.has_alibi else None
+    table, key_pool, value_pool, out, lse, *scratch = rest
+    *work, raw_keys, raw_values, windows, key_copied, value_copied, window_copied = scratch
+    slots = AHEAD + 1
+    scores, tops, weights = work[:slots], work[slots : 2 * slots], work[2 * slots : 2 * slots + 2]
+    buffers = Buffers(tuple(scores), tuple(tops), tuple(weights), *work[2 * slots + 2 :])
+    raw = raw_keys, raw_values
+    copies = VisitCopies(
+        problem,
+        plan,
+        programs,
+        table,
+        (key_pool, value_pool),
+        raw,
+        windows,
+        (key_copied, value_copied, window_copied),
+    )
+    preparation = Preparation(plan, raw, buffers.keys, buffers.values, is_interpreted)
+    kernel = _Kernel(problem, plan, programs, query, slopes, buffers, copies, preparation)
+    i = pl.program_id(0)
+
+    @pl.when(i < programs.num_used[0])
+    def _() -> None:
+        first = Visit(i, programs.first_tile[i], programs.first_visit[i])
+        pl.when(i == 0)(partial(_start, kernel, first))
+        buffers.m[...] = jnp.full(buffers.m.shape, softmax.FLOOR, jnp.float32)
+        buffers.l[...] = jnp.zeros(buffers.l.shape, jnp.float32)
+        buffers.acc[...] = jnp.zeros(buffers.acc.shape, jnp.float32)
+
+        def each(t: Any, _: None) -> None:
+            _visit(kernel, Visit(i, t, first.number + (t - first.tile)))
+
+        lax.fori_loop(first.tile, programs.stop_tile[i], each, None)
+        _finish(kernel, out, lse)
+
+    @pl.when((i == plan.num_query_tiles - 1) & (programs.num_used[0] > 0))
+    def _() -> None:
+        _drain(kernel)
+
+
+def _start(kernel: _Kernel, first: Visit) -> None:
+    """Before the first visit: its tile is made ready, the second one's on its way."""
+    plan, copies = kernel.plan, kernel.copies
+    if plan.sums_on_matrix_unit:
+        ones = (plan.num_kv_heads, plan.value_rows - plan.head_dim, plan.tile_keys)
+        kernel.buffers.values[:, plan.head_dim :] = jnp.ones(ones, jnp.bfloat16)
+    second = following(kernel.programs, first)
+    copies.window(first).start()
+    copies.window(second).start()
+    for visit in (first, second):
+        copies.window(visit).wait()
+        lax.fori_loop(0, plan.num_parts, partial(_copy_part, kernel, visit), None)
+    copies.window(following(kernel.programs, second)).start()
+    copies.wait(first)
+    kernel.preparation.clear(kernel.programs, first)
+
+    def each(part: Any, _: None) -> None:
+        chores = Chores()
+        _add_preparation(kernel, chores, first, part)
+        chores.do(plan.num_items + 1, 1)
+
+    lax.fori_loop(0, plan.num_parts, each, None)
+
+
+def _copy_part(kernel: _Kernel, visit: Visit, part: Any, _: None) -> None:
+    for block in range(kernel.plan.part_blocks):
+        kernel.copies.start(visit, part, block)
+
+
+def _drain(kernel: _Kernel) -> None:
+    """Waits for what was started for visits that never come."""
+    programs = kernel.programs
+    i = programs.num_used[0] - 1
+    tile = programs.stop_tile[i] - 1
+    last = Visit(i, tile, programs.first_visit[i] + tile - programs.first_tile[i])
+    started = following(programs, following(programs, last))
+    kernel.copies.wait(started)
+    kernel.copies.window(following(programs, started)).wait()
+
+
+def _visit(kernel: _Kernel, visit: Visit) -> None:
+    plan, programs, i = kernel.plan, kernel.programs, visit.program
+    second = following(programs, visit)
+    third = following(programs, second)
+    kernel.copies.wait(second)
+    kernel.copies.window(third).wait()
+    kernel.copies.window(following(programs, third)).start()
+    kernel.preparation.clear(programs, second)
+    first_key = visit.tile * plan.tile_keys
+    is_full = (programs.full_start[i] <= first_key) & (
+        first_key + plan.tile_keys <= programs.full_stop[i]
+    )
+
+    @pl.when(is_full)
+    def _() -> None:
+        chores = _chores(kernel, second, third, range(plan.num_parts))
+        steps.run(_step(kernel, visit, 0, plan.tile_keys, is_masked=False), chores)
+
+    @pl.when(~is_full)
+    def _() -> None:
+        start = lax.div(jnp.maximum(programs.kv_start[i] - first_key, 0), plan.part_keys)
+        stop = jnp.minimum(programs.kv_stop[i] - first_key, plan.tile_keys)
+        stop = lax.div(stop + (plan.part_keys - 1), plan.part_keys)
+
+        def each(part: Any, _: None) -> None:
+            is_seen = (start <= part) & (part < stop)
+
+            @pl.when(is_seen)
+            def _() -> None:
+                step = _step(kernel, visit, part * plan.part_keys, plan.part_keys, is_masked=True)
+                steps.run(step, _chores(kernel, second, third, [part]))
+
+            @pl.when(~is_seen)
+            def _() -> None:
+                _chores(kernel, second, third, [part]).do(plan.num_items + 1, 1)
+
+        lax.fori_loop(0, plan.num_parts, each, None)
+
+
+def _chores(kernel: _Kernel, second: Visit, third: Visit, parts: Sequence[Any]) -> Chores:
+    """What a visit does for the two after it, in these parts of their tiles."""
+    chores = Chores()
+    for part in parts:
+        _add_copies(kernel, chores, third, part)
+    for part in parts:
+        _add_preparation(kernel, chores, second, part)
+    return chores
+
+
+def _step(kernel: _Kernel, visit: Visit, first_key: Any, num_keys: int, *, is_masked: bool) -> Step:
+    programs, i = kernel.programs, visit.program
+    return Step(
+        kernel.plan,
+        kernel.problem.variant,
+        kernel.buffers,
+        kernel.query,
+        kernel.slopes,
+        programs.first_position[i],
+        visit.tile * kernel.plan.tile_keys,
+        programs.kv_stop[i],
+        first_key,
+        num_keys,
+        is_masked,
+    )
+
+
+def _add_copies(kernel: _Kernel, chores: Chores, visit: Visit, part: Any) -> None:
+    """The copies of a part's blocks."""
+    blocks = range(kernel.plan.part_blocks)
+
+    def some(first: int) -> None:
+        for block in blocks[first : first + BLOCKS_AT_ONCE]:
+            kernel.copies.start(visit, part, block)
+
+    for first in blocks[::BLOCKS_AT_ONCE]:
+        chores.add(-AHEAD, partial(some, first))
+
+
+def _add_preparation(kernel: _Kernel, chores: Chores, visit: Visit, part: Any) -> None:
+    """Makes a part of the next visit's keys and values ready, a head when it is used no more."""
+    plan, ready = kernel.plan, kernel.preparation
+    for head in range(plan.num_kv_heads):
+        after = (head + 1) * plan.row_blocks
+        for first in range(0, plan.part_keys, LANES):
+            chores.add(after - AHEAD, partial(ready.keys_of, visit, part, head, first))
+            chores.add(after + 1, partial(ready.values_of, visit, part, head, first))
+
+
+def _finish(kernel: _Kernel, out: Any, lse: Any) -> None:
+    plan, variant, buffers = kernel.plan, kernel.problem.variant, kernel.buffers
+    for item in range(plan.num_items):
+        acc = buffers.acc[item]
+        if plan.sums_on_matrix_unit:
+            l = acc[plan.head_dim : plan.head_dim + 1]
+        else:
+            l = jnp.sum(buffers.l[item], axis=0, keepdims=True)
+        m = steps.exponent(variant, buffers.m[item, :1])
+        value, row = softmax.finish(ROWS, softmax.State(m, l, acc[: plan.head_dim]))
+        out[item] = value.astype(out.dtype)
+        lse[item : item + 1] = row

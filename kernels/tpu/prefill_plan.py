@@ -1,0 +1,178 @@
+"""How a prefill is cut: rows of queries, tiles and parts of keys, and the memory they take.
+
+A program of the prefill kernel has a tile of query tokens.  Per kv head its rows, (token, query
+head of the group), lie in `row_blocks` blocks of `ITEM_ROWS`; an item is one such block against a
+tile of keys.  Keys come in tiles of whole parts: tiles that every query sees are one step, others
+are stepped through part by part.  No Pallas import.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..core.problem import Problem
+from ..core.schedule import num_query_tiles
+from .plan import LANES, SMEM_BYTES, TABLE_WINDOW, Buffer, min_rows, round_up, vmem_bytes
+
+ITEM_ROWS = 256  # fills the width of a 256 x 256 matrix unit
+PART_KEYS = 256  # keys of a part
+TILE_PARTS = 4  # parts of a tile, where memory allows
+MAX_ITEMS = 16  # of a step: what compiles in time
+MIN_TOKENS = 64  # query tokens per sequence, on average, below which items are mostly empty
+AHEAD = 3  # scores are computed so many items before their softmax
+ACC_ROWS = 16  # of a bfloat16 register: rows of ones below the values, whose product is the sum
+SUBLANES = 8
+SCALAR_BYTES = 48  # of scalar memory, for what a program is told
+
+
+class Chip(NamedTuple):
+    """What a plan depends on of the chip it is for."""
+
+    vmem_bytes: int
+    is_wide: bool  # a matrix unit of 256 x 256
+
+
+SMALL_CHIP = Chip(16 << 20, False)  # every generation has as much
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Tiles of one prefill call."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    row_blocks: int
+    item_rows: int
+    item_tokens: int
+    part_keys: int
+    num_parts: int
+    num_query_tiles: int
+    sums_on_matrix_unit: bool
+    vmem_limit: int
+
+    @property
+    def tile_tokens(self) -> int:
+        """Query tokens of a program."""
+        return self.item_tokens * self.row_blocks
+
+    @property
+    def num_items(self) -> int:
+        return self.num_kv_heads * self.row_blocks
+
+    @property
+    def tile_keys(self) -> int:
+        return self.part_keys * self.num_parts
+
+    @property
+    def part_rows(self) -> int:
+        """(token, kv head) rows of a part."""
+        return self.part_keys * self.num_kv_heads
+
+    @property
+    def part_blocks(self) -> int:
+        return self.part_keys // self.block_size
+
+    @property
+    def tile_blocks(self) -> int:
+        return self.part_blocks * self.num_parts
+
+    @property
+    def value_rows(self) -> int:
+        """Rows of transposed values, those of ones included."""
+        return self.head_dim + (ACC_ROWS if self.sums_on_matrix_unit else 0)
+
+
+def plan_prefill(problem: Problem, chip: Chip) -> PrefillPlan | None:
+    """The largest tiles that fit; None if the problem is none of this kernel."""
+    if not _suits(problem):
+        return None
+    for num_parts in range(TILE_PARTS, 0, -1):
+        for row_blocks in _row_blocks(problem):
+            plan = _make(problem, chip, row_blocks, num_parts)
+            is_small = plan.tile_blocks <= TABLE_WINDOW and TABLE_WINDOW % plan.tile_blocks == 0
+            is_small &= plan.num_query_tiles * SCALAR_BYTES <= SMEM_BYTES
+            if is_small and vmem_bytes(prefill_buffers(problem, plan)) <= plan.vmem_limit:
+                return plan
+    return None
+
+
+def _suits(problem: Problem) -> bool:
+    cache = problem.cache
+    return (
+        problem.is_packed
+        and cache.dtype == "bfloat16"
+        and cache.head_dim == LANES
+        and cache.num_kv_heads in (1, 2, 4, 8)
+        and problem.group <= ITEM_ROWS // 2
+        and PART_KEYS % cache.block_size == 0
+        and cache.rows_per_block % min_rows(cache.dtype) == 0
+        and problem.num_tokens >= MIN_TOKENS * cache.batch
+    )
+
+
+def _row_blocks(problem: Problem) -> list[int]:
+    """Row blocks of a tile, best first: no more than an average sequence fills."""
+    mean = -(-problem.num_tokens // problem.cache.batch)
+    most = max(1, MAX_ITEMS // problem.cache.num_kv_heads)
+    while most > 1 and most // 2 * (ITEM_ROWS // problem.group) >= mean:
+        most //= 2
+    return [most >> shift for shift in range(most.bit_length())]
+
+
+def _make(problem: Problem, chip: Chip, row_blocks: int, num_parts: int) -> PrefillPlan:
+    cache, item_tokens = problem.cache, ITEM_ROWS // problem.group
+    return PrefillPlan(
+        num_kv_heads=cache.num_kv_heads,
+        group=problem.group,
+        head_dim=cache.head_dim,
+        block_size=cache.block_size,
+        row_blocks=row_blocks,
+        item_rows=ITEM_ROWS,
+        item_tokens=item_tokens,
+        part_keys=PART_KEYS,
+        num_parts=num_parts,
+        num_query_tiles=num_query_tiles(
+            problem.num_tokens, cache.batch, item_tokens * row_blocks, problem.is_packed
+        ),
+        sums_on_matrix_unit=chip.is_wide,
+        vmem_limit=chip.vmem_bytes * 15 // 16,
+    )
+
+
+def prefill_scratch(plan: PrefillPlan) -> list[Buffer]:
+    """Scratch of the kernel, in order of `prefill.Scratch`."""
+    rows, keys, items = plan.item_rows, plan.tile_keys, plan.num_items
+    raw = Buffer("vmem", (2, plan.num_parts * plan.part_rows, plan.head_dim), "bfloat16")
+    row = Buffer("vmem", (SUBLANES, rows), "float32")
+    return [
+        *[Buffer("vmem", (keys, rows), "float32")] * (AHEAD + 1),
+        *[row] * (AHEAD + 1),
+        *[Buffer("vmem", (keys, rows), "bfloat16")] * 2,
+        Buffer("vmem", (items, SUBLANES, rows), "float32"),
+        Buffer("vmem", (items, SUBLANES, rows), "float32"),
+        Buffer("vmem", (items, plan.value_rows, rows), "float32"),
+        Buffer("vmem", (plan.row_blocks, plan.part_keys, rows), "float32"),
+        Buffer("vmem", (plan.num_kv_heads, keys, plan.head_dim), "bfloat16"),
+        Buffer("vmem", (plan.num_kv_heads, plan.value_rows, keys), "bfloat16"),
+        raw,
+        raw,
+        Buffer("smem", (2, TABLE_WINDOW), "int32"),
+        *[Buffer("semaphore", (2,))] * 3,
+    ]
+
+
+def prefill_buffers(problem: Problem, plan: PrefillPlan) -> list[Buffer]:
+    """All that the kernel holds: scratch, tiles of operands (two each), and spilled registers."""
+    items, rows = plan.num_items, plan.item_rows
+    query = Buffer("vmem", (2, items, plan.head_dim, rows), "bfloat16")
+    out = Buffer("vmem", (2, items, plan.head_dim, rows), out_dtype(problem))
+    lse = Buffer("vmem", (2, round_up(items, SUBLANES), rows), "float32")
+    # about one register is spilled per register of scores
+    spills = Buffer("vmem", (items, plan.tile_keys, rows), "float32")
+    return [*prefill_scratch(plan), query, out, lse, spills]
+
+
+def out_dtype(problem: Problem) -> str:
+    """What the kernel writes: it has no float16."""
+    return "float32" if problem.query_dtype == "float16" else problem.query_dtype

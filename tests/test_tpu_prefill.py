@@ -1,0 +1,186 @@
+"""The TPU prefill kernel, in the interpreter, against the float64 oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from poison import poisoned_cache
+from tolerances import of_output, tolerance
+from tpu_interpreter import INTERPRETERS, no_races
+
+from paged_kv.kernels.core.problem import CacheShape, Problem
+from paged_kv.kernels.core.variant import Variant
+from paged_kv.kernels.tpu import plan as tpu_plans
+from paged_kv.kernels.tpu import prefill
+from paged_kv.kernels.tpu import prefill_plan as plans
+
+# lengths and query tokens: chunks behind contexts, whole prompts, a decode row, an empty sequence
+LENGTHS = (300, 0, 130, 40, 257)
+QUERIES = (70, 0, 20, 40, 1)
+PLAIN = {
+    "kind": "chunked_prefill", "query_dtype": "bfloat16", "pool_dtype": "bfloat16", "scale": None,
+    "is_causal": True, "local_window_size": None, "logits_soft_cap": None, "has_sinks": False,
+    "has_slopes": False, "num_layers": None, "num_kv_heads": 2, "group": 4, "head_dim": 128,
+    "block_size": 16,
+}  # fmt: skip
+VARIANTS = {
+    "plain": {},
+    "window": {"local_window_size": (40, 0)},
+    "both_sides": {"local_window_size": (150, 9), "is_causal": False},
+    "cap": {"logits_soft_cap": 2.5},
+    "alibi": {"has_slopes": True},
+    "full": {"is_causal": False, "scale": 0.25},
+    "negative_scale": {"scale": -0.2},
+    "stack": {"num_layers": 3, "query_dtype": "float32"},
+    "group3": {"group": 3, "block_size": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Few items, and tiles of two short parts, so that short sequences have several."""
+    monkeypatch.setattr(plans, "MIN_TOKENS", 1)
+    monkeypatch.setattr(plans, "ITEM_ROWS", 128)
+    monkeypatch.setattr(plans, "PART_KEYS", 128)
+    monkeypatch.setattr(plans, "TILE_PARTS", 2)
+    monkeypatch.setattr(plans, "MAX_ITEMS", 2)
+    jax.clear_caches()
+
+
+def make_problem(lengths=LENGTHS, queries=QUERIES, padding=5, **options):
+    form = dataclasses.replace(problems.random_form(0), **{**PLAIN, **options})
+    rng = np.random.default_rng(3)
+    first_kept = problems.first_keys_seen(
+        np.array(lengths), np.array(queries), form.local_window_size
+    )
+    poisoned = poisoned_cache(
+        rng,
+        lengths,
+        block_size=form.block_size,
+        num_kv_heads=form.num_kv_heads,
+        head_dim=form.head_dim,
+        dtype=jnp.dtype(form.pool_dtype),
+        num_layers=form.num_layers,
+        first_kept=first_kept,
+    )
+    heads = form.num_query_heads
+    query = rng.standard_normal((sum(queries) + padding, heads, form.head_dim))
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    return problems.Problem(
+        name="prefill",
+        form=form,
+        query=jnp.asarray(query, form.query_dtype),
+        poisoned=poisoned,
+        query_start_loc=jnp.asarray(starts),
+        layer=None if form.num_layers is None else jnp.int32(1),
+        sinks=None,
+        alibi_slopes=jnp.asarray(rng.random(heads), jnp.float32) if form.has_slopes else None,
+    )
+
+
+def check(problem, interpret, lse_row="kernel lse"):
+    out, lse = problems.attend(problem, implementation="mosaic_tpu", interpret=interpret)
+    jax.block_until_ready(out)
+    expected_out, expected_lse = problem.expected()
+    assert (out.dtype, lse.dtype) == (problem.query.dtype, jnp.float32)
+    out = np.asarray(out, np.float64)
+    np.testing.assert_allclose(out, expected_out, **of_output("kernel", "bfloat16"))
+    np.testing.assert_allclose(lse, expected_lse, **tolerance(lse_row))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant):
+    check(make_problem(**VARIANTS[variant]), True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", INTERPRETERS)
+def test_copies_and_buffers(mode):
+    """The strict interpreter: no race, and nothing read before it is there."""
+    with no_races():
+        check(make_problem((300, 0, 20), (40, 0, 20)), INTERPRETERS[mode])
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
+def test_heads(num_kv_heads, monkeypatch):
+    monkeypatch.setattr(plans, "MAX_ITEMS", max(2, num_kv_heads))
+    check(make_problem(num_kv_heads=num_kv_heads, group=2), True)
+
+
+def test_sums_on_the_matrix_unit(monkeypatch):
+    monkeypatch.setattr(plans, "SMALL_CHIP", plans.Chip(16 << 20, True))
+    check(make_problem(), True)
+
+
+def test_sums_by_lanes_are_exact():
+    check(make_problem(), True, "kernel float32")
+
+
+def test_no_query_at_all():
+    problem = make_problem(lengths=(300, 40), queries=(0, 0))
+    out, lse = problems.attend(problem, implementation="mosaic_tpu", interpret=True)
+    assert not np.asarray(out, np.float32).any()
+    assert np.all(np.asarray(lse) == -np.inf)
+
+
+def test_blocks_outside_the_pool_attend_as_empty():
+    """A sequence with a wild used entry sees no key; the others are as before."""
+    problem = make_problem()
+    table = problem.cache.block_table.at[2, 1].set(2**30)
+    cache = dataclasses.replace(problem.cache, block_table=table)
+    poisoned = dataclasses.replace(problem.poisoned, cache=cache)
+    wild = dataclasses.replace(problem, poisoned=poisoned)
+    out, lse = problems.attend(wild, implementation="mosaic_tpu", interpret=True)
+    expected_out, expected_lse = problem.expected()
+    tokens = slice(*problem.query_start_loc[2:4])
+    assert not np.asarray(out[tokens], np.float32).any()
+    assert np.all(np.asarray(lse[tokens]) == -np.inf)
+    others = np.delete(np.arange(len(out)), tokens)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64)[others], expected_out[others], **of_output("kernel", "bfloat16")
+    )
+    np.testing.assert_allclose(lse[others], expected_lse[others], **tolerance("kernel lse"))
+
+
+def problem_of(**fields):
+    cache = dict(
+        num_layers=1, num_blocks=4096, block_size=16, num_kv_heads=8, head_dim=128,
+        dtype="bfloat16", batch=1, max_blocks_per_seq=256,
+    )  # fmt: skip
+    cache |= {name: fields.pop(name) for name in list(fields) if name in cache}
+    call = {"num_tokens": 4096, "num_query_heads": 32, "query_dtype": "bfloat16", "is_packed": True}
+    return Problem(CacheShape(**cache), **{**call, **fields}, variant=Variant(128**-0.5))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"is_packed": False},
+        {"dtype": "float32"},
+        {"head_dim": 64},
+        {"num_kv_heads": 3, "num_query_heads": 9},
+        {"block_size": 48},
+        {"num_tokens": 128, "batch": 128},
+    ],
+)
+def test_other_problems_are_left_to_the_generic_kernel(monkeypatch, fields):
+    monkeypatch.undo()
+    assert plans.plan_prefill(problem_of(), plans.SMALL_CHIP) is not None
+    assert plans.plan_prefill(problem_of(**fields), plans.SMALL_CHIP) is None
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("megabytes", [16, 64, 128])
+def test_a_plan_fits_its_chip(monkeypatch, num_kv_heads, megabytes):
+    monkeypatch.undo()
+    problem = problem_of(num_kv_heads=num_kv_heads)
+    plan = plans.plan_prefill(problem, plans.Chip(megabytes << 20, True))
+    assert plan is not None
+    assert tpu_plans.vmem_bytes(plans.prefill_buffers(problem, plan)) < megabytes << 20
+
+
+def test_a_chip_out_of_sight_is_the_smallest():
+    assert prefill.plan_of(problem_of()).vmem_limit < plans.SMALL_CHIP.vmem_bytes
