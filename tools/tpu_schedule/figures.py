@@ -91,20 +91,16 @@ def figures(
     """
     hot = hot_of(ways)
     path = hot.path
-    num_bytes = path.granules * chip.granule * hot.call.filled
-    sched = path.cycles / num_bytes * KIB if num_bytes else None
-    if is_whole:
-        sched = ways.cycles / ways.num_bytes * KIB if ways.is_whole and ways.num_bytes else None
     hbm = chip.hbm_cycles(KIB)
-    sequence = (
-        ways.cycles / chip.hbm_cycles(ways.num_bytes) if ways.is_whole and ways.num_bytes else None
-    )
+    in_loop = _ratio(path.cycles, path.granules * chip.granule * hot.call.filled / KIB)
+    end_to_end = _ratio(ways.cycles, ways.num_bytes / KIB) if ways.is_whole else None
+    sched = end_to_end if is_whole else in_loop
     return {
         "sched_per_kib": _rounded(sched),
         "hbm_per_kib": _rounded(hbm),
-        "ratio": _rounded(None if sched is None else sched / hbm),
-        "sequence_ratio": _rounded(sequence if asks_sequence else None),
-        "cycles_per_block_copy": _rounded(path.cycles / path.copies if path.copies else None, 2),
+        "ratio": _rounded(_ratio(sched, hbm)),
+        "sequence_ratio": _rounded(_ratio(end_to_end, hbm) if asks_sequence else None),
+        "cycles_per_block_copy": _rounded(_ratio(path.cycles, path.copies), 2),
         "hot_loop_spills": hot.spills,
         "spills": sum(dump.spills(range(len(dump.bundles))) for dump in dumps.values()),
         "vmem_bytes": max(dump.vmem_bytes for dump in dumps.values()),
@@ -116,6 +112,8 @@ def _mxu_share(
     chip: Chip, ways: Ways, context: tuple[Ways, Ways] | None, asks_sequence: bool
 ) -> float | None:
     """Useful flops over the peak: of the whole run, or of what more context adds, full tiles."""
+    if not all(way.is_whole for way in (ways, *(context or ()))):
+        return None
     if context is not None:
         less, more = context
         flops, cycles = more.useful_flops - less.useful_flops, more.cycles - less.cycles
@@ -124,6 +122,10 @@ def _mxu_share(
     else:
         return None
     return flops / cycles / chip.flops_per_cycle
+
+
+def _ratio(a: float | None, b: float) -> float | None:
+    return None if a is None or not b else a / b
 
 
 def _rounded(value: float | None, digits: int = 3) -> float | None:

@@ -14,7 +14,9 @@ from . import scalar, values
 from .chips import Chip
 from .values import Address, Unknown, UnknownValueError
 
+# A kernel that runs longer is left before its end: enough of its loops has been seen.
 MAX_CYCLES = 40_000_000
+MAX_COPIES = 400_000
 CORE_INDEX = "0"  # the allocation that says which core of a chip this is: the first works alone
 _HELPERS = ("signed", "equal", "both", "invert", "select", "smaller", "larger", "divide", "Address")
 
@@ -101,12 +103,13 @@ class Machine:
         }
 
     def run(self, max_cycles: int = MAX_CYCLES) -> Trace:
-        """From the first bundle past the last one, or for `max_cycles`."""
-        at, cycles, visits = 0, 0, []
-        while at < len(self.bundles) and cycles < max_cycles:
+        """From the first bundle past the last one, or for about `max_cycles`."""
+        at, cycles, copies, visits = 0, 0, 0, []
+        while at < len(self.bundles) and cycles < max_cycles and copies < MAX_COPIES:
             block = self._blocks.get(at) or self._translated(at)
             is_taken = block.run()
             visits.append(Visit(block, tuple(self._copies)))
+            copies += len(self._copies)
             self._copies.clear()
             cycles += block.cycles
             at = block.target if block.target is not None and is_taken else block.stop
