@@ -3,7 +3,9 @@
 plan       sizes of tiles, and the VMEM they take
 blocks     copies of cache blocks and of the table's slices
 append     writes new tokens into the pools, in place
-attention  one ragged kernel: decode, chunked prefill and mixed batches
+attention  picks a kernel; one that is ragged: chunked prefill, mixed batches, any shape
+decode     single query tokens: pipeline (the skewed step), decode_copies, decode_plan, worklist
+device     the chip that a program is traced for
 """
 
 
