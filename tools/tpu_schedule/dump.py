@@ -99,9 +99,13 @@ def parse_slots(text: str) -> Slots:
 
 
 def vmem_bytes(text: str) -> int:
-    """The end of the last buffer, spill slots included; fixed addresses are the compiler's own."""
-    ends = [0]
+    """From the first buffer to the end of the last, spill slots included.
+
+    What lies before the first is XLA's, and fixed addresses are the compiler's own.
+    """
+    starts, ends = [], []
     for size, offset, rest in _ALLOCATION.findall(text):
         if offset and "fixed_abs" not in rest:
+            starts.append(int(offset, 0))
             ends.append(int(offset, 0) + int(size, 0))
-    return max(ends)
+    return max(ends) - min(starts) if ends else 0
