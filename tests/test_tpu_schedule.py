@@ -61,7 +61,7 @@ def test_a_missing_bundle_is_noticed():
 
 def test_memory_in_use_is_from_the_first_buffer_to_the_last():
     text = """
-  #allocation3 [shape = 'bf16[16,128]', space=vmem, size = 0x1000, offset = 0x200, scoped, tag = 'a']
+  #allocation3 [shape = 'f32[8,128]', space=vmem, size = 0x1000, offset = 0x200, scoped, tag = 'a']
     #allocation4_spill [shape = 'f32[8,128]', space=vmem, size = 0x800, offset = 0x1200, scoped]
   #allocation5 [shape = 's32[8]', space=smem, size = 0x9000, offset = 0x9000, scoped, tag = 'b']
   #allocation6 [shape = 'u32[]', space=vmem, size = 0x4, offset = 0xf0000, fixed_abs, tag = 'c']
