@@ -81,6 +81,19 @@ ATTEND = [
         lambda: attend(schedule=schedule(query_start_loc=int32([0, 1, 2]))),
         "made for another call.*is_packed",
     ),
+    Row(
+        "schedule of other starts",
+        lambda: attend(
+            query_start_loc=int32([0, 2, 2]),
+            schedule=schedule(query_start_loc=int32([0, 1, 2])),
+        ),
+        r"made for .*query_start_loc.*\[0, 1, 2\]",
+    ),
+    Row(
+        "schedule from before advance",
+        lambda: attend(cache=lambda: paged_kv.advance(cache(), 1), schedule=schedule()),
+        r"made for .*seq_lengths.*\[5, 1\]",
+    ),
     Row("make_schedule heads", lambda: schedule(num_query_heads=3), "must be a multiple of num_kv"),
     Row("make_schedule window", lambda: schedule(local_window_size=-1), "local_window_size=-1"),
     Row("make_schedule name", lambda: schedule(implementation="tpu"), "implementation='tpu' must"),
