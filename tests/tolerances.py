@@ -1,8 +1,8 @@
 """How far a result may be from the truth, and why: the one table every test reads.
 
 The bounds are for standard-normal inputs, whose outputs are below 5 in magnitude and whose lse is
-below 20.  Bitwise comparisons have no row: pools after an append, a copy or a scrub, and results that
-must not change when poison, schedule or block order does.
+below 20.  Bitwise comparisons have no row: pools after an append, a copy or a scrub, and results
+that must not change when poison, schedule or block order does.
 """
 
 import dataclasses
