@@ -5,6 +5,8 @@ blocks     copies of cache blocks and of the table's slices
 append     writes new tokens into the pools, in place
 attention  picks a kernel; one that is ragged: chunked prefill, mixed batches, any shape
 decode     single query tokens: pipeline (the skewed step), decode_copies, decode_plan, worklist
+prefill    many query tokens: prefill_step (the skewed items), prefill_prepare (relayout of a tile),
+           prefill_visits (the order of tiles), prefill_plan
 device     the chip that a program is traced for
 """
 
