@@ -148,6 +148,9 @@ def paged_attention(
         validate.schedule_matches(schedule, made_for)
     validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
     validate_values.used_entries(cache, problem.cache, query_start_loc, variant)
+    if schedule is not None:
+        batch = problem.cache.batch
+        validate_values.schedule_is_current(schedule, cache, query_start_loc, batch)
     choice = dispatch.Choice(name, interpret)
     dispatch.check("attention", problem, choice, query)
     with jax.named_scope("paged_kv.attention"):

@@ -301,7 +301,7 @@ def _tile_keys(q: Array, cache: _Cache) -> int:
     """Keys of a tile, a power of two."""
     n, _, k, _, d = q.shape
     longest = cache.block_table.shape[1] * cache.key_pool.shape[2]
-    size = min(max(TILE_ELEMENTS // (n * k * d), 16), MAX_TILE_KEYS, longest)
+    size = min(max(TILE_ELEMENTS // max(n * k * d, 1), 16), MAX_TILE_KEYS, longest)
     return 1 << (size.bit_length() - 1)
 
 

@@ -21,6 +21,7 @@ from .kernels.core.variant import Variant
 if TYPE_CHECKING:
     from .cache import PagedKVCache
 
+UNBOUNDED = 1 << 30  # keys beside the query: no sequence is as long, and a position may be added
 IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "xla")
 
 
@@ -215,7 +216,7 @@ def window(local_window_size: Any) -> tuple[int, int] | None:
             f"{local_window_size=} must be an int or (left, right) of at least 0, keys beside the "
             "query's own; sliding_window=W elsewhere is (W - 1, 0) here"
         )
-    return int(pair[0]), int(pair[1])
+    return min(int(pair[0]), UNBOUNDED), min(int(pair[1]), UNBOUNDED)
 
 
 def attention_problem(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .kernels.core.problem import CacheShape
+from .kernels.core.schedule import Schedule
 from .kernels.core.variant import Variant
 from .validate import is_concrete
 
@@ -106,11 +107,29 @@ def used_entries(
     if not is_concrete(cache.block_table, cache.seq_lengths, query_start_loc):
         return
     table, lengths = np.asarray(cache.block_table), np.asarray(cache.seq_lengths)
-    counts = np.diff(query_counts_end(query_start_loc, shape.batch))
+    counts = np.diff(np.asarray(starts_of(query_start_loc, shape.batch)))
     for row in np.flatnonzero((lengths > 0) & (counts > 0)):
         length = int(lengths[row])
         start, stop = variant.kv_range(length - int(counts[row]), length - 1, length)
         _entries_in_pool(table, int(row), start, stop, shape)
+
+
+def schedule_is_current(
+    schedule: Schedule, cache: "PagedKVCache", query_start_loc: Any, batch: int
+) -> None:
+    """A schedule holds the lengths and starts of the call it is used in."""
+    given = {
+        "query_start_loc": (schedule.query_start_loc, starts_of(query_start_loc, batch)),
+        "seq_lengths": (schedule.seq_lengths, cache.seq_lengths),
+    }
+    for name, pair in given.items():
+        if is_concrete(*pair):
+            theirs, ours = map(np.asarray, pair)
+            if (theirs != ours).any():
+                raise ValueError(
+                    f"this schedule was made for {name}={theirs.tolist()}, this call has "
+                    f"{ours.tolist()}; make one per step with make_schedule, after advance"
+                )
 
 
 def new_slots(cache: "PagedKVCache", shape: CacheShape, query_start_loc: Any) -> None:
@@ -118,15 +137,15 @@ def new_slots(cache: "PagedKVCache", shape: CacheShape, query_start_loc: Any) ->
     if not is_concrete(cache.block_table, cache.seq_lengths, query_start_loc):
         return
     table, lengths = np.asarray(cache.block_table), np.asarray(cache.seq_lengths)
-    counts = np.diff(query_counts_end(query_start_loc, shape.batch))
+    counts = np.diff(np.asarray(starts_of(query_start_loc, shape.batch)))
     for row in np.flatnonzero((lengths > 0) & (counts > 0)):
         length = int(lengths[row])
         _entries_in_pool(table, int(row), length - int(counts[row]), length, shape)
 
 
-def query_counts_end(query_start_loc: Any, batch: int) -> np.ndarray:
-    """query_start_loc as NumPy, also where None stands for one token each."""
-    return np.arange(batch + 1) if query_start_loc is None else np.asarray(query_start_loc)
+def starts_of(query_start_loc: Any, batch: int) -> Any:
+    """query_start_loc, also where None stands for one token each."""
+    return np.arange(batch + 1) if query_start_loc is None else query_start_loc
 
 
 def _entries_in_pool(table: np.ndarray, row: int, start: int, stop: int, shape: CacheShape) -> None:
