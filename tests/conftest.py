@@ -7,6 +7,8 @@ import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of NumPy's products would wait for those of the other test processes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # libtpu locks the machine for one process; a compile needs no such lock.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

@@ -99,10 +99,29 @@ CASES = {
 }
 
 
+IN_BOTH_MODES = ("ragged", "runs")
+
+
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_oracle(name):
+    check(name, MODES[list(CASES).index(name) % 2])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", IN_BOTH_MODES)
+def test_against_the_oracle_in_the_other_mode(name):
+    check(name, MODES[1 - list(CASES).index(name) % 2])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_oracle(name, mode):
+def test_every_case_in_both_modes(name, mode):
+    check(name, mode)
+
+
+def check(name, mode):
     lengths, heads, limits, cache = CASES[name]
     limits = {"MAX_TILE_ROWS": 256, "STEP_ROWS": 256, "SMALL_STEP_ROWS": 256} | limits
     cache = dict(cache)
@@ -130,10 +149,9 @@ def in_runs(problem):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_batch_of_empty_sequences(mode):
+def test_a_batch_of_empty_sequences():
     with plan_limits(MAX_TILE_ROWS=256, STEP_ROWS=256):
-        out, lse = attend(decode_problem((0, 0, 0)), mode)
+        out, lse = attend(decode_problem((0, 0, 0)), "eager")
     assert not np.asarray(out).any()
     assert np.all(np.asarray(lse) == -np.inf)
 
