@@ -90,8 +90,8 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> A
 
 
 def _attend_forward(problem, choice, query, key_pool, value_pool, slopes, operands):
-    out, lse = _attend(problem, choice, query, key_pool, value_pool, slopes, operands)
-    return (out, lse), (query, key_pool, value_pool, slopes, operands, out, lse)
+    result: Any = _attend(problem, choice, query, key_pool, value_pool, slopes, operands)
+    return result, (query, key_pool, value_pool, slopes, operands, *result)
 
 
 def _attend_backward(problem, choice, residuals, cotangents):

@@ -24,7 +24,7 @@ class DecodeRows(NamedTuple):
     sequence: Array  # row of the table
     start: Array  # keys [start, stop) are seen, counted from the table's first column
     stop: Array
-    count: Array  # (programs,): rows with keys
+    num_rows: Array  # (programs,): rows with keys
     num_items: Array  # (programs,): tiles of all of them
 
 
@@ -66,7 +66,7 @@ class Work:
 
     @property
     def num_rows(self) -> Any:
-        return self.rows.count[self.program]
+        return self.rows.num_rows[self.program]
 
     @property
     def num_steps(self) -> Any:
