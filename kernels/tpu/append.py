@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..core import layout
+from ..core.layout import result
 from ..core.problem import AppendProblem
 from . import plan as plans
-from .blocks import COMPILER_PARAMS, as_rows, from_rows, result, row_bits, words
+from .blocks import COMPILER_PARAMS, as_rows, from_rows, row_bits, words
 from .plan import AppendPlan
 
 

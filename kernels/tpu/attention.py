@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..core import softmax
+from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
 from ..core.variant import LOG2E
@@ -27,7 +28,6 @@ from .blocks import (
     allocate,
     as_rows,
     float16_numbers,
-    result,
     row_bits,
     table_windows,
     words,

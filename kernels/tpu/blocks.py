@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -25,12 +24,6 @@ def allocate(buffers: list[Buffer]) -> list[Any]:
         else spaces[buffer.space](buffer.shape, jnp.dtype(buffer.dtype))
         for buffer in buffers
     ]
-
-
-def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """An output that varies over the axes of a `shard_map` that `like` varies over."""
-    axes = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def as_rows(pool: Array, rows: BlockRows) -> Array:

@@ -17,11 +17,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule
 from . import decode_plan as plans
 from . import pipeline, worklist
-from .blocks import COMPILER_PARAMS, allocate, result
+from .blocks import COMPILER_PARAMS, allocate
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
 from .decode_plan import SETS, DecodePlan
 from .device import vmem_bytes

@@ -19,11 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..core import softmax
+from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
 from . import prefill_plan as plans
 from . import prefill_step as steps
-from .blocks import COMPILER_PARAMS, allocate, as_rows, result, table_windows
+from .blocks import COMPILER_PARAMS, allocate, as_rows, table_windows
 from .plan import LANES, BlockRows
 from .prefill_plan import AHEAD, Chip, PrefillPlan
 from .prefill_prepare import Preparation
