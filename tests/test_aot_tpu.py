@@ -57,7 +57,7 @@ def assert_kernels(compiled, others=frozenset({"paged_append"})):
     """One kernel attends, which one is the plan's choice; the others are these."""
     kernels = aot_tpu.kernels_of(compiled)
     assert len(kernels - others) == 1
-    assert kernels - others < {"paged_attention", "paged_decode"}
+    assert kernels - others < {"paged_attention", "paged_decode", "paged_prefill"}
     assert kernels >= others
 
 
@@ -86,11 +86,18 @@ def test_kernels_compile_in_every_combination(target, head_dim):
         assert_compiles((target, head_dim, *cut, *next(turns)))
 
 
-@pytest.mark.parametrize("tokens, heads", [(None, (64, 1)), (384, (8, 4))])
-def test_kernels_fit_the_smallest_vmem(tokens, heads):
+@pytest.mark.parametrize(
+    "tokens, heads, kernel",
+    [
+        (None, (64, 1), "paged_attention"),
+        (128, (8, 4), "paged_attention"),
+        (384, (8, 4), "paged_prefill"),
+    ],
+)
+def test_kernels_fit_the_smallest_vmem(tokens, heads, kernel):
     """v4 has 16 MiB; 64 kv heads at block size 128 are copied in parts."""
     case = aot_tpu.Case("v4", 128, 128, *heads, "bfloat16", tokens, 4)
-    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {"paged_attention", "paged_append"}
+    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {kernel, "paged_append"}
 
 
 def test_a_table_of_256_sequences_of_a_million_tokens_compiles():
