@@ -14,6 +14,7 @@ from . import dispatch, validate, validate_values
 from .cache import PagedKVCache
 from .kernels.core import layout, merge
 from .kernels.core import schedule as schedules
+from .kernels.core.problem import AppendProblem, Problem
 from .kernels.core.schedule import MadeFor, Schedule
 
 Implementation = Literal["mosaic_tpu", "mosaic_gpu", "xla"]
@@ -55,14 +56,12 @@ def append_tokens(
     Source: vLLM's reshape_and_cache (Kwon et al., 2023).
     """
     problem = validate.append_problem(cache, keys, values, query_start_loc)
-    name = validate.implementation_name(implementation, interpret)
     layer = validate.layer_index(cache, layer)
     validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
     validate_values.new_slots(cache, problem.cache, query_start_loc)
     starts = layout.start_locations(query_start_loc, problem.cache.batch)
     targets = dispatch.Targets(cache.block_table, cache.seq_lengths, starts, layer)
-    choice = dispatch.Choice(name, interpret)
-    dispatch.check("append", problem, choice, keys)
+    choice = _choice("append", problem, implementation, interpret, keys)
     with jax.named_scope("paged_kv.append"):
         key_pool, value_pool = _append(
             problem,
@@ -139,35 +138,17 @@ def paged_attention(
         cache.head_dim, scale, is_causal, local_window_size, logits_soft_cap, has_alibi
     )
     problem = validate.attention_problem(cache, query, query_start_loc, variant)
-    name = validate.implementation_name(implementation, interpret)
     layer = validate.layer_index(cache, layer)
     validate.per_head("sinks", sinks, problem.num_query_heads)
     validate.per_head("alibi_slopes", alibi_slopes, problem.num_query_heads)
-    made_for = MadeFor.of(problem.cache, problem.num_query_heads, problem.is_packed, variant)
-    if schedule is not None:
-        validate.schedule_matches(schedule, made_for)
     validate_values.start_locations(cache, query_start_loc, problem.num_tokens)
     validate_values.used_entries(cache, problem.cache, query_start_loc, variant)
-    if schedule is not None:
-        batch = problem.cache.batch
-        validate_values.schedule_is_current(schedule, cache, query_start_loc, batch)
-    choice = dispatch.Choice(name, interpret)
-    dispatch.check("attention", problem, choice, query)
+    choice = _choice("attention", problem, implementation, interpret, query)
     with jax.named_scope("paged_kv.attention"):
-        if schedule is None:
-            schedule = schedules.make(
-                made_for, cache.block_table, cache.seq_lengths, query_start_loc
-            )
+        schedule = _schedule_of(problem, cache, query_start_loc, schedule)
         operands = dispatch.Operands(cache.block_table, schedule, cache.seq_lengths, layer)
-        out, lse = _attend(
-            problem,
-            choice,
-            query,
-            cache.key_pool,
-            cache.value_pool,
-            alibi_slopes,
-            operands,
-        )
+        arrays = (query, cache.key_pool, cache.value_pool, alibi_slopes, operands)
+        out, lse = _attend(problem, choice, *arrays)
         if sinks is not None:
             out = merge.apply_sinks(out, lse, sinks)
     return (out, lse) if return_residual else out
@@ -282,6 +263,36 @@ def apply_sinks(
     validate.rows_of("lse", lse, out)
     validate.per_head("sinks", sinks, out.shape[1])
     return merge.apply_sinks(out, lse, sinks)
+
+
+def _choice(
+    op: str,
+    problem: Problem | AppendProblem,
+    implementation: str | None,
+    interpret: Any,
+    array: Array,
+) -> dispatch.Choice:
+    """What the caller asked for, checked."""
+    name = validate.implementation_name(implementation, interpret)
+    choice = dispatch.Choice(name, interpret)
+    dispatch.check(op, problem, choice, array)
+    return choice
+
+
+def _schedule_of(
+    problem: Problem,
+    cache: PagedKVCache,
+    query_start_loc: Array | None,
+    schedule: Schedule | None,
+) -> Schedule:
+    """The caller's schedule, checked against this call, or one made for it."""
+    shape, heads = problem.cache, problem.num_query_heads
+    made_for = MadeFor.of(shape, heads, problem.is_packed, problem.variant)
+    if schedule is None:
+        return schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
+    validate.schedule_matches(schedule, made_for)
+    validate_values.schedule_is_current(schedule, cache, query_start_loc, shape.batch)
+    return schedule
 
 
 _append = jax.jit(dispatch.append, static_argnums=(0, 1))
