@@ -134,6 +134,7 @@ def wheelhouse(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("PIP_QUIET", raising=False)
     monkeypatch.setenv("PAGED_KV_CACHE", str(tmp_path / "cache"))
     return folder
 

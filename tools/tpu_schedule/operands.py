@@ -53,14 +53,19 @@ class KernelCall:
         )
 
 
-def kernel_calls(program: core.ClosedJaxpr, arguments: list[Any]) -> list[KernelCall]:
-    """The kernels that the program calls, in order; arguments are arrays or `Tensor`s."""
+def kernel_calls(program: Any, arguments: list[Any]) -> list[KernelCall]:
+    """The kernels that the program calls, in order.
+
+    program: as `jax.make_jaxpr` returns it; arguments: arrays or `Tensor`s.
+    """
     calls: list[KernelCall] = []
-    _evaluate(program.jaxpr, program.consts, arguments, calls)
+    _evaluate(program, arguments, calls)
     return calls
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Any, arguments: Any, calls: list[KernelCall]) -> list[Any]:
+def _evaluate(program: Any, arguments: Any, calls: list[KernelCall]) -> list[Any]:
+    """program: a Jaxpr, or one closed over its constants (from jax 0.12 on they are one type)."""
+    jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", [])
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -86,10 +91,10 @@ def _apply(equation: core.JaxprEqn, inputs: list[Any], calls: list[KernelCall]) 
     if name == "cond" and not isinstance(inputs[0], Tensor):
         branches = params["branches"]
         branch = branches[int(np.clip(inputs[0], 0, len(branches) - 1))]
-        return _evaluate(branch.jaxpr, branch.consts, inputs[1:], calls)
+        return _evaluate(branch, inputs[1:], calls)
     inner = _called(equation)
     if inner is not None and name not in _LOOPS:
-        return _evaluate(inner.jaxpr, inner.consts, inputs, calls)
+        return _evaluate(inner, inputs, calls)
     if any(isinstance(x, Tensor) for x in inputs):
         if "pallas_call" in str(params):
             raise ValueError(f"which kernels run inside `{name}` is not known without the data")
@@ -98,14 +103,13 @@ def _apply(equation: core.JaxprEqn, inputs: list[Any], calls: list[KernelCall]) 
     return list(results) if equation.primitive.multiple_results else [results]
 
 
-def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+def _called(equation: core.JaxprEqn) -> Any | None:
     """The program that an operation such as `jit` or `custom_vjp_call` stands for."""
-    found = []
-    for value in equation.params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            found.append(value)
-        elif isinstance(value, core.Jaxpr):
-            found.append(core.ClosedJaxpr(value, []))
+    found = [
+        value
+        for value in equation.params.values()
+        if isinstance(value, core.Jaxpr) or hasattr(value, "jaxpr")
+    ]
     return found[0] if len(found) == 1 else None
 
 
