@@ -53,10 +53,10 @@ class Program:
     donated: tuple[str, ...] = ()
 
 
-def load(target: str, kv_len: int | None = None) -> Program:
+def load(target: str, kv_len: int | None = None, implementation: str = IMPLEMENTATION) -> Program:
     """The program of a named case, or what a function returns, `FILE.py:function`."""
     if ":" not in target:
-        return of_case(cases.find(target), kv_len)
+        return of_case(cases.find(target), kv_len, implementation)
     path, _, name = target.partition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
@@ -66,7 +66,7 @@ def load(target: str, kv_len: int | None = None) -> Program:
     return getattr(module, name)()
 
 
-def of_case(case: Case, kv_len: int | None = None) -> Program:
+def of_case(case: Case, kv_len: int | None = None, implementation: str = IMPLEMENTATION) -> Program:
     """The public ops on a case; with `kv_len`, every sequence has that many tokens."""
     if kv_len is not None:
         case = _with_length(case, kv_len)
@@ -93,7 +93,7 @@ def of_case(case: Case, kv_len: int | None = None) -> Program:
         arguments["query_start_loc"] = shape((case.batch + 1,), jnp.int32)
     pools = "key_pool", "value_pool"
     return Program(
-        function=_function(case, tuple(arguments)),
+        function=_function(case, tuple(arguments), implementation),
         arguments=arguments,
         pools=pools,
         run=_run(case, case),
@@ -103,7 +103,7 @@ def of_case(case: Case, kv_len: int | None = None) -> Program:
     )
 
 
-def _function(case: Case, names: tuple[str, ...]) -> Callable[..., Any]:
+def _function(case: Case, names: tuple[str, ...], implementation: str) -> Callable[..., Any]:
     """The case's op as a function of arrays in the order of `names`."""
 
     def run(*arrays: Any) -> Any:
@@ -111,7 +111,7 @@ def _function(case: Case, names: tuple[str, ...]) -> Callable[..., Any]:
         cache = paged_kv.PagedKVCache(
             *(given.pop(n) for n in ("key_pool", "value_pool", "block_table", "seq_lengths"))
         )
-        options = {**given, "implementation": IMPLEMENTATION}
+        options = {**given, "implementation": implementation}
         if case.op == APPEND:
             cache = paged_kv.append_tokens(cache, **options)
             return cache.key_pool, cache.value_pool

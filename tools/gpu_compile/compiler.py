@@ -1,4 +1,4 @@
-"""Compiles GPU kernels to machine code where there is no GPU, and reads what the assembler says.
+"""Compiles kernels to machine code where there is no GPU, and reads what the assembler says.
 
     report = compile_for("H100", jax.jit(f), *avals)
     report.kernels[0].spill_stores
@@ -10,7 +10,6 @@ JAX_PLATFORMS=cpu, or the plugin asks for a driver.
 import collections
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import os
 import pathlib
@@ -19,48 +18,27 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax.experimental import topologies
 
-
-@dataclasses.dataclass(frozen=True)
-class Arch:
-    """Public facts of a device, as XLA wants them told."""
-
-    capability: tuple[int, int]
-    name: str
-    num_sms: int
-    smem_per_block: int
-    smem_per_sm: int
-    memory_bytes: int
-    memory_bandwidth: int  # bytes per second
-    l2_bytes: int
-    clock_ghz: float
-
-
-ARCHS = {
-    "H100": Arch(
-        (9, 0), "NVIDIA H100 80GB HBM3", 132, 232448, 233472, 84942979072, 3352320000000,
-        52428800, 1.98,
-    ),
-    "B200": Arch(
-        (10, 0), "NVIDIA B200", 148, 232448, 233472, 191514411008, 7672320000000, 132644864, 1.965
-    ),
-}  # fmt: skip
+from .archs import blocks_per_sm, device
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of one kernel; `smem_bytes` and `ops` in detailed reports only."""
+    """What the assembler says of one kernel; what is None by default, in detailed reports only."""
 
     kernel: str
-    arch: str
+    target: str  # as the assembler names it
     registers: int
-    spill_stores: int
+    spill_stores: int  # bytes
     spill_loads: int
+    stack_bytes: int
     smem_bytes: int | None = None
-    ops: dict[str, int] | None = None
+    blocks_per_sm: int | None = None
+    ops: dict[str, int] | None = None  # instructions by name, if a disassembler is here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +73,7 @@ def _find_tool(name: str) -> str | None:
     return shutil.which(name) or (shutil.which(name, path=t) if (t := _wheel_tools()) else None)
 
 
-@functools.cache
-def device(arch: str):
-    """A device to compile for; nothing can run on it."""
-    a = ARCHS[arch]
-    major, minor = a.capability
-    config = f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-        shared_memory_per_block: 49152 shared_memory_per_block_optin: {a.smem_per_block}
-        shared_memory_per_core: {a.smem_per_sm} core_count: {a.num_sms} fpus_per_core: 128
-        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-        registers_per_core_limit: 65536 registers_per_block_limit: 65536
-        memory_bandwidth: {a.memory_bandwidth} l2_cache_size: {a.l2_bytes}
-        clock_rate_ghz: {a.clock_ghz} device_memory_size: {a.memory_bytes} device_address_bits: 64
-        cuda_compute_capability {{
-          major: {major} minor: {minor} feature_extension: ACCELERATED_FEATURES }}
-        name: "{a.name}" driver_version: "13.0.0" runtime_version: "13.0.0"
-        compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-      device_description_str: "{a.name}" """
-    return topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=config
-    ).devices[0]
-
-
-def compile_for(arch: str, function, *avals, is_detailed: bool = False) -> Report:
+def compile_for(arch: str, function: Any, *avals: Any, is_detailed: bool = False) -> Report:
     """Compiles a jitted function of `jax.ShapeDtypeStruct`s; a detailed report takes twice as long.
 
     What is dumped is chosen by environment variables that Mosaic reads at each compile.
@@ -140,7 +92,7 @@ def compile_for(arch: str, function, *avals, is_detailed: bool = False) -> Repor
                 lowered = function.lower(*args)
             compiled = lowered.compile()
         if is_detailed:
-            kernels = [_detailed(path) for path in sorted(folder.glob("*.ptxas"))]
+            kernels = [_detailed(arch, path) for path in sorted(folder.glob("*.ptxas"))]
         else:
             text = (folder / "output").read_text(errors="replace")
             starts = [m.start() for m in re.finditer("ptxas info .*Compiling entry", text)]
@@ -162,7 +114,7 @@ def _tool_paths(folder: pathlib.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(**settings: str):
+def _environment(**settings: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -175,7 +127,7 @@ def _environment(**settings: str):
 
 
 @contextlib.contextmanager
-def _output_to(path: pathlib.Path):
+def _output_to(path: pathlib.Path) -> Iterator[None]:
     """Sends what the compiler prints, from C++, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -193,27 +145,42 @@ def _output_to(path: pathlib.Path):
 
 def _assembled(text: str) -> Kernel:
     """The kernel that `ptxas -v` speaks of."""
-    name = re.search(r"entry function '([^']+)' for '([^']+)'", text)
-    number = lambda pattern: int(re.search(pattern, text)[1])
+    number = lambda pattern: int(_find(pattern, text)[1])
+    name = _find(r"entry function '([^']+)' for '([^']+)'", text)
     return Kernel(
-        name[1],
+        name[1].removesuffix("_mosaic_gpu_kernel"),
         name[2],
         registers=number(r"Used (\d+) registers"),
         spill_stores=number(r"(\d+) bytes spill stores"),
         spill_loads=number(r"(\d+) bytes spill loads"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
     )
 
 
-def _detailed(ptxas: pathlib.Path) -> Kernel:
+def _detailed(arch: str, ptxas: pathlib.Path) -> Kernel:
+    kernel = _assembled(ptxas.read_text())
     passes = ptxas.with_suffix(".mlir-passes.log").read_text(errors="replace")
-    smem = re.search(r"mosaic_gpu\.smem_bytes = (\d+)", passes)
+    smem_bytes = int(_find(r"mosaic_gpu\.smem_bytes = (\d+)", passes)[1])
+    threads = int(_find(r"\.maxntid (\d+)", ptxas.with_suffix(".ptx").read_text())[1])
     sass = [p for p in (ptxas.with_suffix(s) for s in (".sass_ctrl", ".sass")) if p.exists()]
-    ops = None
-    if sass:
-        found = re.findall(
-            r"^.*?/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", sass[0].read_text(), re.M
-        )
-        ops = dict(collections.Counter(found))
     return dataclasses.replace(
-        _assembled(ptxas.read_text()), smem_bytes=int(smem[1]) if smem else None, ops=ops
+        kernel,
+        smem_bytes=smem_bytes,
+        blocks_per_sm=blocks_per_sm(
+            arch, registers=kernel.registers, threads=threads, smem_bytes=smem_bytes
+        ),
+        ops=count_ops(sass[0].read_text()) if sass else None,
     )
+
+
+def count_ops(sass: str) -> dict[str, int]:
+    """How often each instruction stands in disassembled code."""
+    names = re.findall(r"^.*?/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9]+)", sass, re.M)
+    return dict(collections.Counter(names))
+
+
+def _find(pattern: str, text: str) -> re.Match:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output holds no {pattern!r}; is it another version's?")
+    return found
