@@ -1,7 +1,9 @@
 """A paged KV cache and fused paged attention for JAX, on TPU and NVIDIA GPU."""
 
+from . import interop as interop
 from .allocator import BlockAllocator as BlockAllocator
 from .allocator import OutOfBlocksError as OutOfBlocksError
+from .cache import PackedKVCache as PackedKVCache
 from .cache import PagedKVCache as PagedKVCache
 from .cache import allocate_blocks as allocate_blocks
 from .cache import append_kv as append_kv

@@ -4,8 +4,11 @@ They are for setting up, tests and small programs; the batched ops in `ops` and 
 path.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from jax import export
 from jaxtyping import Array, Float, Int32
 
 from . import validate, validate_values
+from .kernels.core.layout import LANES
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +38,9 @@ class PagedKVCache:
         entries -1.
       seq_lengths: int32 (batch,), valid tokens per sequence.
     """
+
+    POOL_AXES: ClassVar = ("num_blocks", "block_size", "num_kv_heads", "head_dim")
+    is_packed: ClassVar = False
 
     key_pool: Float[Array, "*layers num_blocks block_size num_kv_heads head_dim"]
     value_pool: Float[Array, "*layers num_blocks block_size num_kv_heads head_dim"]
@@ -63,7 +70,7 @@ class PagedKVCache:
     @property
     def num_layers(self) -> int | None:
         """Layers of a stacked cache; None for a single layer's."""
-        return self.key_pool.shape[0] if self.key_pool.ndim == 5 else None
+        return self.key_pool.shape[0] if self.key_pool.ndim > len(self.POOL_AXES) else None
 
     @property
     def batch_size(self) -> int:
@@ -76,6 +83,48 @@ class PagedKVCache:
         return self.block_table.shape[-1]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PackedKVCache(PagedKVCache):
+    """A cache whose blocks are stored as rows of 128 values, for TPUs and head_dim below 128.
+
+    A TPU keeps an array's last axis in whole rows of 128: a pool of heads of 64 is doubled, or kept
+    in an order that a kernel has to copy.  These pools hold the same values in the same order and
+    nothing else, and every op takes them.  `init_paged_kv_cache(..., packed=True)` makes one,
+    `interop.pack` and `interop.unpack` convert.
+
+    Attributes:
+      key_pool, value_pool: (num_blocks, block_size * num_kv_heads * head_dim / 128, 128), or with
+        num_layers in front.
+      block_table, seq_lengths: as in `PagedKVCache`.
+      token_shape: (num_kv_heads, head_dim), static.
+    """
+
+    POOL_AXES: ClassVar = ("num_blocks", "block_size * num_kv_heads * head_dim / 128", "128")
+    is_packed: ClassVar = True
+
+    key_pool: Float[Array, "*layers num_blocks block_rows 128"]
+    value_pool: Float[Array, "*layers num_blocks block_rows 128"]
+    token_shape: tuple[int, int] = field(metadata={"static": True})
+
+    @property
+    def num_blocks(self) -> int:
+        return self.key_pool.shape[-3]
+
+    @property
+    def block_size(self) -> int:
+        rows, lanes = self.key_pool.shape[-2:]
+        return rows * lanes // (self.num_kv_heads * self.head_dim)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.token_shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.token_shape[1]
+
+
 def init_paged_kv_cache(
     *,
     num_blocks: int,
@@ -86,6 +135,7 @@ def init_paged_kv_cache(
     max_blocks_per_seq: int,
     dtype: jax.typing.DTypeLike,
     num_layers: int | None = None,
+    packed: bool = False,
 ) -> PagedKVCache:
     """An empty cache: zeroed pools, a table of -1, lengths 0.
 
@@ -97,9 +147,11 @@ def init_paged_kv_cache(
       max_blocks_per_seq: blocks a row can name; times block_size, the longest sequence.
       dtype: of the pools, floating point.
       num_layers: None for one layer; L for a stack that serves a whole model.
+      packed: make it a `PackedKVCache`, for TPUs and head_dim below 128.
 
     Raises:
-      ValueError: a size is not a positive int, or dtype is not floating point.
+      ValueError: a size is not a positive int, dtype is not floating point, or the blocks of a
+        packed cache are not whole rows of 128 values.
     """
     sizes = {
         "num_blocks": num_blocks,
@@ -114,13 +166,26 @@ def init_paged_kv_cache(
     validate.positive_ints(sizes)
     validate.floating("dtype", jnp.dtype(dtype))
     layers = () if num_layers is None else (num_layers,)
-    shape = (*layers, num_blocks, block_size, num_kv_heads, head_dim)
-    return PagedKVCache(
+    token_shape = (num_kv_heads, head_dim)
+    shape = (*layers, num_blocks, block_size, *token_shape)
+    make = PagedKVCache
+    if packed:
+        shape = packed_shape(shape)
+        make = partial(PackedKVCache, token_shape=token_shape)
+    return make(
         key_pool=jnp.zeros(shape, dtype),
         value_pool=jnp.zeros(shape, dtype),
         block_table=jnp.full((batch_size, max_blocks_per_seq), -1, jnp.int32),
         seq_lengths=jnp.zeros((batch_size,), jnp.int32),
     )
+
+
+def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a packed pool that holds an unpacked pool of `shape`."""
+    *outer, block_size, num_kv_heads, head_dim = shape
+    packed = (*outer, block_size * num_kv_heads * head_dim // LANES, LANES)
+    validate.packed_rows(packed, block_size, num_kv_heads, head_dim)
+    return packed
 
 
 def num_blocks_for(
@@ -212,7 +277,8 @@ def append_kv(
     block = jnp.asarray(block, jnp.int32)
 
     def write(pool: Array, new: Array) -> Array:
-        return pool.at[block, offset].set(jnp.asarray(new).astype(pool.dtype))
+        heads = _as_heads(cache, pool)
+        return heads.at[block, offset].set(jnp.asarray(new).astype(pool.dtype)).reshape(pool.shape)
 
     return replace(
         cache,
@@ -241,7 +307,13 @@ def gather_kv(
     position = np.arange(length)
     block = jnp.asarray(validate_values.allocated_blocks(cache, sequence_idx, position), jnp.int32)
     offset = jnp.asarray(position % cache.block_size, jnp.int32)
-    return cache.key_pool[block, offset], cache.value_pool[block, offset], length
+    keys, values = (_as_heads(cache, pool) for pool in (cache.key_pool, cache.value_pool))
+    return keys[block, offset], values[block, offset], length
+
+
+def _as_heads(cache: PagedKVCache, pool: Array) -> Array:
+    """A single layer's pool, packed or not, by block, token and head."""
+    return pool.reshape(-1, cache.block_size, cache.num_kv_heads, cache.head_dim)
 
 
 export.register_pytree_node_serialization(
@@ -249,4 +321,10 @@ export.register_pytree_node_serialization(
     serialized_name="paged_kv.PagedKVCache",
     serialize_auxdata=lambda auxdata: b"",
     deserialize_auxdata=lambda data: (),
+)
+export.register_pytree_node_serialization(
+    PackedKVCache,
+    serialized_name="paged_kv.PackedKVCache",
+    serialize_auxdata=lambda auxdata: json.dumps(auxdata).encode(),
+    deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
 )

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import lazy, reference
-from .kernels.core import layout
 from .kernels.core.problem import AppendProblem, Problem
 from .kernels.core.schedule import Schedule
 from .validate import is_concrete
@@ -72,12 +71,12 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> A
         query, key_pool, value_pool, slopes, operands = arrays
         return reference.attend(
             *_reference_statics(problem),
-            *_reference_arrays(query, key_pool, value_pool, slopes, operands),
+            *_reference_arrays(problem, query, key_pool, value_pool, slopes, operands),
         )
 
     def kernel_fn(module: ModuleType, *arrays):
         query, key_pool, value_pool, slopes, operands = arrays
-        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        pools = _as_heads(problem, key_pool, value_pool)
         schedule = operands.schedule
         layer, lengths = _safe_layer(operands.layer, schedule.seq_lengths, pools[0])
         schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
@@ -99,7 +98,7 @@ def _attend_backward(problem, choice, residuals, cotangents):
     *arrays, out, lse = residuals
     key_pool, value_pool = arrays[1:3]
     d_query, d_keys, d_values, d_slopes = reference.attend_transposed(
-        *_reference_statics(problem), _reference_arrays(*arrays), out, lse, *cotangents
+        *_reference_statics(problem), _reference_arrays(problem, *arrays), out, lse, *cotangents
     )
     pools = d_keys.reshape(key_pool.shape), d_values.reshape(value_pool.shape)
     return d_query, *pools, d_slopes, None
@@ -135,11 +134,11 @@ def append(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _append(problem, choice, keys, values, key_pool, value_pool, targets) -> Any:
     def reference_fn(keys, values, key_pool, value_pool, targets):
-        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        pools = _as_heads(problem, key_pool, value_pool)
         return _like(key_pool, reference.append(keys, values, *pools, *targets))
 
     def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, targets):
-        pools = layout.as_layers(key_pool), layout.as_layers(value_pool)
+        pools = _as_heads(problem, key_pool, value_pool)
         layer, lengths = _safe_layer(targets.layer, targets.seq_lengths, pools[0])
         arrays = (targets.block_table, lengths, targets.query_start_loc, layer)
         call = partial(module.append, problem, interpret=choice.interpret)
@@ -156,7 +155,7 @@ def _append_forward(problem, choice, keys, values, key_pool, value_pool, targets
 
 def _append_backward(problem, choice, targets, cotangents):
     del choice  # one backward pass for all implementations
-    pools = tuple(map(layout.as_layers, cotangents))
+    pools = _as_heads(problem, *cotangents)
     d_new = reference.append_transposed(problem.num_tokens, *pools, *targets)
     return *d_new[:2], *_like(cotangents[0], d_new[2:]), None
 
@@ -251,17 +250,21 @@ def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:
     return scoring, problem.is_packed
 
 
-def _reference_arrays(query, key_pool, value_pool, slopes, operands: Operands) -> tuple:
+def _reference_arrays(problem: Problem, query, key_pool, value_pool, slopes, operands) -> tuple:
     return (
         query,
-        layout.as_layers(key_pool),
-        layout.as_layers(value_pool),
+        *_as_heads(problem, key_pool, value_pool),
         slopes,
         operands.block_table,
         operands.seq_lengths,
         operands.schedule.query_start_loc,
         operands.layer,
     )
+
+
+def _as_heads(problem: Problem | AppendProblem, *pools: Array) -> list[Array]:
+    """Pools as kernels and the reference see them, of one layer or many, packed or not."""
+    return [pool.reshape(problem.cache.pool_shape) for pool in pools]
 
 
 def _like(pool: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:

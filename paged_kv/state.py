@@ -96,7 +96,7 @@ def copy_blocks(
     source = jnp.where(is_valid, source, 0)
 
     def copy(pool: Array) -> Array:
-        layers = layout.as_layers(pool)
+        layers = layout.as_layers(pool, cache.num_layers is not None)
         blocks = layers[:, source]
         return layers.at[:, target].set(blocks, mode="drop").reshape(pool.shape)
 
@@ -118,7 +118,7 @@ def scrub_blocks(cache: PagedKVCache, block_ids: Int32[Array, "n"]) -> PagedKVCa
     ids = jnp.where(_in_pool(ids, cache), ids, cache.num_blocks)
 
     def scrub(pool: Array) -> Array:
-        layers = layout.as_layers(pool)
+        layers = layout.as_layers(pool, cache.num_layers is not None)
         return layers.at[:, ids].set(jnp.zeros((), pool.dtype), mode="drop").reshape(pool.shape)
 
     with jax.named_scope("paged_kv.scrub_blocks"):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .kernels.core.layout import LANES
 from .kernels.core.problem import AppendProblem, CacheShape, Problem
 from .kernels.core.schedule import MadeFor, Schedule
 from .kernels.core.variant import Variant
@@ -97,11 +98,13 @@ def new_tokens(cache: "PagedKVCache", keys: Any, values: Any) -> None:
 def cache_shape(cache: "PagedKVCache") -> CacheShape:
     """The static facts of a cache whose fields agree with each other."""
     pool, table, lengths = cache.key_pool, cache.block_table, cache.seq_lengths
-    if pool.ndim not in (4, 5):
+    if pool.ndim - len(cache.POOL_AXES) not in (0, 1):
         raise ValueError(
-            f"key_pool {pool.shape} must be (num_blocks, block_size, num_kv_heads, head_dim), or "
-            "with num_layers in front"
+            f"key_pool {pool.shape} must be ({', '.join(cache.POOL_AXES)}), or with num_layers in "
+            "front"
         )
+    if cache.is_packed:
+        packed_rows(pool.shape, cache.block_size, cache.num_kv_heads, cache.head_dim)
     if cache.value_pool.shape != pool.shape or cache.value_pool.dtype != pool.dtype:
         raise ValueError(
             f"key_pool {pool.dtype}{pool.shape} and value_pool {cache.value_pool.dtype}"
@@ -115,17 +118,30 @@ def cache_shape(cache: "PagedKVCache") -> CacheShape:
         )
     _int32("block_table", table)
     _int32("seq_lengths", lengths)
-    num_blocks, block_size, num_kv_heads, head_dim = pool.shape[-4:]
     return CacheShape(
-        num_layers=pool.shape[0] if pool.ndim == 5 else 1,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_layers=cache.num_layers or 1,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        num_kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
         dtype=str(pool.dtype),
         batch=table.shape[0],
         max_blocks_per_seq=table.shape[1],
+        has_packed_pools=cache.is_packed,
     )
+
+
+def packed_rows(pool_shape: Any, block_size: int, num_kv_heads: int, head_dim: int) -> None:
+    """The last axes of a packed pool hold a block's tokens, and nothing else."""
+    values = block_size * num_kv_heads * head_dim
+    rows, lanes = pool_shape[-2:]
+    if lanes != LANES or rows * lanes != values:
+        raise ValueError(
+            f"a packed pool has blocks of {block_size=} * {num_kv_heads=} * {head_dim=} = {values} "
+            f"values in whole rows of {LANES}, not {rows} rows of {lanes}; choose a block_size "
+            f"that is a multiple of {LANES // math.gcd(LANES, num_kv_heads * head_dim)}, or an "
+            "unpacked cache"
+        )
 
 
 def layer_index(cache: "PagedKVCache", layer: Any) -> jax.Array:

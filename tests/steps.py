@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import paged_kv
+from paged_kv import interop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Sizes:
     batch: int = 4
     max_blocks_per_seq: int = 4
     dtype: str = "bfloat16"
+    packed: bool = False
 
     @property
     def layer_elements(self):
@@ -40,6 +42,9 @@ def arguments(sizes, num_tokens=None, sharding=None):
     cache = paged_kv.PagedKVCache(
         pool, pool, array(sizes.batch, sizes.max_blocks_per_seq), array(sizes.batch)
     )
+    if sizes.packed:
+        packed = jax.eval_shape(interop.pack, cache)
+        cache = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), packed)
     heads = sizes.group * sizes.num_kv_heads
     rows = sizes.batch if num_tokens is None else num_tokens
     activations = array(rows, heads, sizes.head_dim, dtype=sizes.dtype)
@@ -63,7 +68,7 @@ def model_step(activations, query_start_loc, cache, implementation=None, interpr
         )  # fmt: skip
         return (x + out, cache), None
 
-    layers = jnp.arange(cache.key_pool.shape[0], dtype=jnp.int32)
+    layers = jnp.arange(cache.num_layers, dtype=jnp.int32)
     return jax.lax.scan(layer_step, (activations, cache), layers)[0]
 
 

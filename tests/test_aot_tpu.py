@@ -128,6 +128,21 @@ def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_token
     assert compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
 
 
+@pytest.mark.parametrize(
+    "num_kv_heads, num_tokens, kernel",
+    [(8, None, "paged_decode"), (8, 384, "paged_prefill"), (6, None, "paged_attention")],
+)
+def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(num_kv_heads, num_tokens, kernel):
+    """At head_dim 64 pools take the bytes of their tokens, and a step next to nothing besides."""
+    sizes = dataclasses.replace(SIZES, head_dim=64, num_kv_heads=num_kv_heads, packed=True)
+    compiled = steps.compile_donated(sizes, num_tokens, aot_tpu.sharding("v6e"))
+    assert aot_tpu.kernels_of(compiled) == {kernel, "paged_append"}
+    hlo.assert_updated_in_place(compiled, sizes.layer_elements)
+    memory, pools = compiled.memory_analysis(), 2 * 2 * sizes.num_layers * sizes.layer_elements
+    assert pools < memory.alias_size_in_bytes <= memory.argument_size_in_bytes < pools + (1 << 20)
+    assert memory.temp_size_in_bytes < 4 << 20
+
+
 def test_donated_append_to_a_float16_stack_copies_no_pool_on_v6e():
     """By XLA: no kernel can take a float16 pool."""
     case = aot_tpu.Case("v6e", dtype="float16", num_layers=3, num_blocks=1 << 14)

@@ -110,6 +110,6 @@ def test_no_start_locations_stand_for_one_token_each():
 
 def test_as_layers_adds_a_layer_axis_only_where_there_is_none():
     pool = jnp.zeros((2, 4, 1, 8))
-    assert layout.as_layers(pool).shape == (1, 2, 4, 1, 8)
+    assert layout.as_layers(pool, is_stacked=False).shape == (1, 2, 4, 1, 8)
     stack = jnp.zeros((3, 2, 4, 1, 8))
-    assert layout.as_layers(stack) is stack
+    assert layout.as_layers(stack, is_stacked=True) is stack

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+LANES = 128  # values of a row of a packed pool: the width of a TPU's registers
+
 
 class Tokens(NamedTuple):
     """Packed tokens, int32 (num_tokens,) each; a padding token has a negative position."""
@@ -73,9 +75,9 @@ def entries_are_valid(
     return jnp.all(is_inside | ~is_used, axis=1) & fits
 
 
-def as_layers(pool: Array) -> Array:
+def as_layers(pool: Array, is_stacked: bool) -> Array:
     """A pool with a leading layer axis, added if it has none; a bitcast."""
-    return pool if pool.ndim == 5 else jax.lax.expand_dims(pool, [0])
+    return pool if is_stacked else jax.lax.expand_dims(pool, [0])
 
 
 def result(

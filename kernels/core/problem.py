@@ -32,6 +32,18 @@ class CacheShape:
     dtype: str
     batch: int
     max_blocks_per_seq: int
+    has_packed_pools: bool = False  # stored as rows of 128 lanes; kernels see them as above
+
+    @property
+    def pool_shape(self) -> tuple[int, int, int, int, int]:
+        """Of the pools as kernels see them."""
+        return (
+            self.num_layers,
+            self.num_blocks,
+            self.block_size,
+            self.num_kv_heads,
+            self.head_dim,
+        )
 
     @property
     def rows_per_block(self) -> int:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..core import layout
 from ..core.layout import result
 from ..core.problem import AppendProblem
+from . import packed
 from . import plan as plans
 from .blocks import COMPILER_PARAMS, as_rows, from_rows, row_bits, words
 from .plan import AppendPlan
@@ -23,6 +24,9 @@ from .plan import AppendPlan
 
 def unsupported(problem: AppendProblem) -> str | None:
     """Why the kernel cannot run the problem, with the way out; None if it can."""
+    if reason := packed.unsupported(problem.cache):
+        return f'{reason}, or implementation="xla"'
+    problem = packed.by_rows(problem)
     cache, way_out = problem.cache, 'implementation="xla", which writes in place too'
     if cache.dtype not in ("bfloat16", "float32"):
         return (
@@ -60,6 +64,9 @@ def append(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """Both pools with the new tokens written; `keys` and `values` are in the pools' dtype."""
+    if packed.heads_per_row(problem.cache) > 1:
+        arrays = (keys, values, key_pool, value_pool, block_table, seq_lengths, query_start_loc)
+        return packed.append(append, problem, *arrays, layer, interpret=interpret)
     plan = plans.plan_append(problem)
     assert plan is not None, "unsupported() comes first"
     units = _units(problem, plan, block_table, seq_lengths, query_start_loc)

@@ -20,7 +20,7 @@ from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
 from ..core.variant import LOG2E
-from . import decode, prefill
+from . import decode, packed, prefill
 from . import plan as plans
 from .blocks import (
     COMPILER_PARAMS,
@@ -42,6 +42,9 @@ ROWS = softmax.Rows(
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernel cannot run the problem, with the way out; None if it can."""
+    if reason := packed.unsupported(problem.cache):
+        return f'{reason}, or implementation="xla"'
+    problem = packed.by_rows(problem)
     cache, way_out = problem.cache, 'use implementation="xla"'
     if cache.head_dim not in plans.HEAD_DIMS:
         return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; {way_out}"
@@ -79,6 +82,8 @@ def attend(
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries over pools with a leading layer axis."""
     arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+    if packed.heads_per_row(problem.cache) > 1:
+        return packed.attend(attend, problem, *arrays, interpret=interpret)
     decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
     if decode_plan is not None:
         return decode.attend(problem, decode_plan, *arrays, interpret=interpret)

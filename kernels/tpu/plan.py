@@ -69,7 +69,8 @@ class BlockRows:
     """A block seen as a matrix: one row per (token, kv head).
 
     The order of the rows is that of the memory, so that the view costs nothing: XLA keeps a pool
-    token by token if a token's heads fill its memory tiles, else head by head.
+    token by token if a token's heads fill its memory tiles, else head by head.  Packed pools are
+    token by token always.
     """
 
     block_size: int
@@ -80,7 +81,8 @@ class BlockRows:
     def of(cls, cache: CacheShape) -> "BlockRows":
         heads = cache.num_kv_heads
         fills_tiles = heads in (1, 2, 4) or heads % 8 == 0
-        return cls(cache.block_size, heads, cache.head_dim % LANES == 0 and not fills_tiles)
+        is_head_major = cache.head_dim % LANES == 0 and not (fills_tiles or cache.has_packed_pools)
+        return cls(cache.block_size, heads, is_head_major)
 
     @property
     def count(self) -> int:
