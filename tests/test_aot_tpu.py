@@ -143,6 +143,16 @@ def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(num_kv_heads, nu
     assert memory.temp_size_in_bytes < 4 << 20
 
 
+@pytest.mark.parametrize("target", aot_tpu.TARGETS)
+def test_a_long_append_takes_little_memory_beside_its_pools(target):
+    """8192 tokens, in place: both pools are aliased, new tokens are copied from where they are."""
+    case = aot_tpu.Case(target, group=1, tokens=8192, batch=4, num_layers=2, num_blocks=1 << 13)
+    compiled = aot_tpu.append(case)
+    assert aot_tpu.kernels_of(compiled) == {"paged_append"}
+    hlo.assert_updated_in_place(compiled, case.pool_elements)
+    assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+
+
 def test_donated_append_to_a_float16_stack_copies_no_pool_on_v6e():
     """By XLA: no kernel can take a float16 pool."""
     case = aot_tpu.Case("v6e", dtype="float16", num_layers=3, num_blocks=1 << 14)

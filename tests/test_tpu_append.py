@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from bitwise import assert_same_bits
 from kernel_checks import AppendForm, appended, random_append
-from tpu_interpreter import INTERPRETERS, MODES, no_races
+from tpu_interpreter import INTERPRETERS, MODES, copied_bytes, no_races
 
 import paged_kv
 
@@ -23,6 +24,8 @@ FORMS = [
     AppendForm(150, 32, 5, 128, "bfloat16", num_layers=2),
     AppendForm(300, 128, 1, 256, "float32", batch=3, max_blocks_per_seq=2),
     AppendForm(90, 64, 4, 128, "bfloat16", batch=1),
+    AppendForm(150, 32, 8, 128, "bfloat16", num_layers=2),
+    AppendForm(200, 48, 1, 256, "float32"),
 ]
 
 
@@ -68,3 +71,25 @@ def test_many_steps_in_both_modes(form, mode):
 def test_the_fast_interpreter_agrees(form):
     """In float32: around bfloat16 NaN, XLA's CPU backend of jax 0.10 does not keep every bit."""
     check(form, True, 50)
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_each_byte_of_a_long_append_moves_once(before):
+    """8192 tokens of four sequences, and no byte beside them; whole blocks in one copy each."""
+    cache = paged_kv.init_paged_kv_cache(
+        num_blocks=72, block_size=128, num_kv_heads=2, head_dim=128, batch_size=4,
+        max_blocks_per_seq=17, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    cache = paged_kv.set_block_table(cache, np.arange(68, dtype=np.int32).reshape(4, 17))
+    cache = paged_kv.advance(cache, 2048 + before)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 8192, 2, 128), jnp.bfloat16)
+    starts = jnp.arange(5) * 2048
+    with copied_bytes() as copies, no_races():
+        after = append(INTERPRETERS["on_wait"], cache, keys, values, starts, None)
+        jax.block_until_ready(after)
+    assert sum(copies) == keys.nbytes + values.nbytes
+    assert len(copies) == 2 * 4 * (16 if before == 0 else 17)  # one per block
+    expected = paged_kv.append_tokens(
+        cache, keys, values, query_start_loc=starts, implementation="xla"
+    )
+    assert_same_bits((after.key_pool, after.value_pool), (expected.key_pool, expected.value_pool))

@@ -133,6 +133,13 @@ def check(name, mode):
         assert_matches_oracle(problem, attend(problem, mode))
 
 
+def test_interpret_true_runs_it():
+    """JAX's interpreter of all backends would not: it knows no copies of traced sizes."""
+    problem = decode_problem((33, 16), (2, 1))
+    actual = problems.attend(problem, implementation="mosaic_tpu", interpret=True)
+    assert_matches_oracle(problem, actual)
+
+
 def in_runs(problem):
     """The same problem with every sequence's blocks in order, one after the other."""
     cache = problem.cache

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_kv.kernels.core.problem import AppendProblem, CacheShape, Problem
 from paged_kv.kernels.core.schedule import num_query_tiles
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.tpu import append, attention, blocks
+from paged_kv.kernels.tpu import append, append_plan, attention, blocks
 from paged_kv.kernels.tpu import plan as plans
 from paged_kv.kernels.tpu.plan import BlockRows, Buffer
 
@@ -63,20 +63,28 @@ def test_every_shape_gets_units_that_fit(dtype, step):
     for shape in SHAPES:
         problem = append_problem_of(*shape, dtype, step)
         assert append.unsupported(problem) is None, shape
-        plan = plans.plan_append(problem)
+        plan = append_plan.plan_units(problem)
         assert plan is not None
-        assert plans.vmem_bytes(plans.append_buffers(problem, plan)) <= plans.VMEM_BYTES
+        assert plans.vmem_bytes(append_plan.units_buffers(problem, plan)) <= plans.VMEM_BYTES
         assert plan.rows.block_size % plan.unit.block_size == 0
         assert plan.unit_shape[1] % plans.min_rows(dtype) == 0
 
 
 def test_decode_takes_the_smallest_unit_and_prefill_whole_blocks():
-    units = lambda *args: plans.plan_append(append_problem_of(*args)).unit.block_size  # pyright: ignore[reportOptionalMemberAccess]
+    units = lambda *args: append_plan.plan_units(append_problem_of(*args)).unit.block_size  # pyright: ignore[reportOptionalMemberAccess]
     assert units(128, 64, (8, 4), "bfloat16", (None, 8)) == 2
     assert units(128, 64, (1, 4), "bfloat16", (None, 8)) == 16
     assert units(128, 64, (8, 4), "bfloat16", (160, 8)) == 32
     assert units(128, 64, (8, 4), "bfloat16", (4096, 1)) == 64
     assert units(128, 64, (3, 4), "bfloat16", (None, 8)) == 16  # head by head in memory
+
+
+def test_runs_are_for_tokens_that_fill_tiles():
+    runs = lambda *args: append_plan.plan_runs(append_problem_of(*args))
+    for kv_heads, dtype in itertools.product((1, 2, 3, 4, 8, 12, 16), ("bfloat16", "float32")):
+        fills = kv_heads in (2, 4, 8, 16) or (kv_heads == 1 and dtype == "float32")
+        assert (runs(128, 16, (kv_heads, 1), dtype) is not None) == fills, (kv_heads, dtype)
+    assert runs(64, 16, (8, 4)) is None
 
 
 def test_short_tables_do_not_make_large_tiles():
@@ -154,8 +162,8 @@ UNSUPPORTED_APPENDS = {
     ),
     "head_dim=40 is none of": append_problem_of(40),
     "block_size=8 with num_kv_heads=1 does not fill": append_problem_of(block_size=8, heads=(1, 4)),
-    "tokens of 1000 heads by 256 do not fit 12 MiB of VMEM; use impl": append_problem_of(
-        256, 128, (1000, 1), "float32"
+    "tokens of 1001 heads by 256 do not fit 12 MiB of VMEM; use impl": append_problem_of(
+        256, 128, (1001, 1), "float32"
     ),
     "2000000 tokens make 125128 units, more than 32768; append fewer": append_problem_of(
         step=(2_000_000, 64)

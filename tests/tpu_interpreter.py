@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 # "on_wait" performs a copy when it is waited for, so that a missing wait shows as NaN; "eager"
@@ -25,3 +26,20 @@ def no_races():
     races = interpret_pallas_call.races
     assert races is not None, "no kernel was interpreted with race detection"
     assert not races.races_found, "the interpreter found a race"
+
+
+@contextlib.contextmanager
+def copied_bytes():
+    """The sizes of the copies that kernels start within it, as a list that fills up."""
+    # there is no public way to see copies
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    sizes, read = [], interpreter.DMA.execute_read
+
+    def counted(copy):
+        read(copy)
+        sizes.append(copy.data.nbytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.DMA, "execute_read", counted)
+        yield sizes

@@ -15,6 +15,13 @@ from .plan import TABLE_WINDOW, AttentionPlan, BlockRows, Buffer, round_up
 COMPILER_PARAMS: dict[str, Any] = {"disable_bounds_checks": True, "disable_semaphore_checks": True}
 
 
+def interpreter(interpret: Any) -> Any:
+    """What `pallas_call` is given for `interpret`, for kernels with copies of traced sizes."""
+    if interpret is True:  # the interpreter of all backends knows fixed sizes only
+        return pltpu.InterpretParams()
+    return interpret or False
+
+
 def allocate(buffers: list[Buffer]) -> list[Any]:
     """The buffers, as `scratch_shapes`."""
     spaces = {"vmem": pltpu.VMEM, "smem": pltpu.SMEM}

@@ -22,7 +22,7 @@ from ..core.problem import Problem
 from ..core.schedule import Schedule
 from . import decode_plan as plans
 from . import pipeline, worklist
-from .blocks import COMPILER_PARAMS, allocate
+from .blocks import COMPILER_PARAMS, allocate, interpreter
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
 from .decode_plan import SETS, DecodePlan
 from .device import vmem_bytes
@@ -114,7 +114,7 @@ def _make_call(problem: Problem, plan: DecodePlan, query: Array, interpret: Any)
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=transcendentals, bytes_accessed=num_bytes
         ),
-        interpret=False if interpret is None else interpret,
+        interpret=interpreter(interpret),
         name="paged_decode",
     )
 

@@ -1,4 +1,4 @@
-"""How a problem is cut: tiles of queries and keys, units of an append, and the memory they take.
+"""How an attention problem is cut into tiles of queries and keys, and the memory they take.
 
 Blocks are copied whole and multiplied as matrices of (token, head) rows; a block too large for that
 is copied in parts.  The description of a kernel's buffers is what allocates them
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 
-from ..core.problem import AppendProblem, CacheShape, Problem
+from ..core.problem import CacheShape, Problem
 from ..core.schedule import num_query_tiles
 
 LANES = 128
@@ -215,50 +215,3 @@ def product_dtype(dtype: str) -> str:
 def stored_dtype(dtype: str) -> str:
     """What the kernel reads: it has no float16, so it takes its bits."""
     return "int16" if dtype == "float16" else dtype
-
-
-@dataclass(frozen=True)
-class AppendPlan:
-    """Units of one append call: aligned groups of tokens of a block, rewritten as one."""
-
-    rows: BlockRows
-    unit: BlockRows  # a unit is laid out as a small block
-    num_units: int  # that always suffice
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of adjacent rows that a unit is made of: one per head, or one."""
-        return self.rows.num_heads if self.rows.is_head_major else 1
-
-    @property
-    def unit_shape(self) -> tuple[int, int]:
-        return self.num_runs, self.unit.count // self.num_runs
-
-
-def plan_append(problem: AppendProblem) -> AppendPlan | None:
-    """Units about as long as a sequence's new tokens; None if none fits."""
-    cache, rows = problem.cache, BlockRows.of(problem.cache)
-    mean = -(-problem.num_tokens // cache.batch) if problem.is_packed else 1
-    best = None
-    for unit in rows.units(cache.dtype):
-        plan = AppendPlan(rows, unit, _num_units(problem, unit.block_size))
-        if vmem_bytes(append_buffers(problem, plan)) > VMEM_BYTES:
-            break
-        best = plan
-        if unit.block_size >= mean:
-            break
-    return best
-
-
-def _num_units(problem: AppendProblem, unit_tokens: int) -> int:
-    tokens, batch = problem.num_tokens, problem.cache.batch
-    if not problem.is_packed:
-        return batch
-    # a sequence's first and last unit may be partial
-    return min(tokens, tokens // unit_tokens + 2 * batch)
-
-
-def append_buffers(problem: AppendProblem, plan: AppendPlan) -> list[Buffer]:
-    """Old, new and blended keys and values, two of each, and their bits."""
-    tiles = (16, plan.unit.count, problem.cache.head_dim)
-    return [Buffer("vmem", tiles, problem.cache.dtype)]
