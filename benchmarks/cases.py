@@ -247,6 +247,7 @@ CASES: dict[str, Case] = {
         ),
         *MIXED,
         *WRITES,
+        *_with_blocks((c for c in WRITES if c.name == "8b_b64_4k_fused"), 128),
         *CI,
     ]
 }

@@ -61,7 +61,7 @@ def attend(
     operands: Operands,
 ) -> tuple[Array, Array]:
     """(out, lse) of one attention call, differentiable in query, pools and slopes."""
-    arrays = _uniform((query, key_pool, value_pool, slopes, operands))
+    arrays = uniform((query, key_pool, value_pool, slopes, operands))
     return _attend(problem, choice, *arrays)
 
 
@@ -76,9 +76,9 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> A
 
     def kernel_fn(module: ModuleType, *arrays):
         query, key_pool, value_pool, slopes, operands = arrays
-        pools = _as_heads(problem, key_pool, value_pool)
+        pools = as_heads(problem, key_pool, value_pool)
         schedule = operands.schedule
-        layer, lengths = _safe_layer(operands.layer, schedule.seq_lengths, pools[0])
+        layer, lengths = safe_layer(operands.layer, schedule.seq_lengths, pools[0])
         schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
         call = partial(module.attend, problem, interpret=choice.interpret)
         return call(query, *pools, operands.block_table, schedule, slopes, layer)
@@ -93,7 +93,7 @@ def _attend_forward(problem, choice, query, key_pool, value_pool, slopes, operan
     return result, (query, key_pool, value_pool, slopes, operands, *result)
 
 
-def _attend_backward(problem, choice, residuals, cotangents):
+def attend_backward(problem, choice, residuals, cotangents):
     del choice  # one backward pass for all implementations
     *arrays, out, lse = residuals
     key_pool, value_pool = arrays[1:3]
@@ -104,7 +104,7 @@ def _attend_backward(problem, choice, residuals, cotangents):
     return d_query, *pools, d_slopes, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, attend_backward)
 
 
 class Targets(NamedTuple):
@@ -128,21 +128,21 @@ def append(
     """Both pools with the new tokens written, differentiable in keys, values and pools."""
     dtype = key_pool.dtype
     arrays = (keys.astype(dtype), values.astype(dtype), key_pool, value_pool, targets)
-    return _append(problem, choice, *_uniform(arrays))
+    return _append(problem, choice, *uniform(arrays))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _append(problem, choice, keys, values, key_pool, value_pool, targets) -> Any:
     def reference_fn(keys, values, key_pool, value_pool, targets):
-        pools = _as_heads(problem, key_pool, value_pool)
-        return _like(key_pool, reference.append(keys, values, *pools, *targets))
+        pools = as_heads(problem, key_pool, value_pool)
+        return like(key_pool, reference.append(keys, values, *pools, *targets))
 
     def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, targets):
-        pools = _as_heads(problem, key_pool, value_pool)
-        layer, lengths = _safe_layer(targets.layer, targets.seq_lengths, pools[0])
+        pools = as_heads(problem, key_pool, value_pool)
+        layer, lengths = safe_layer(targets.layer, targets.seq_lengths, pools[0])
         arrays = (targets.block_table, lengths, targets.query_start_loc, layer)
         call = partial(module.append, problem, interpret=choice.interpret)
-        return _like(key_pool, call(keys, values, *pools, *arrays))
+        return like(key_pool, call(keys, values, *pools, *arrays))
 
     results = lambda keys, values, key_pool, value_pool, _: (key_pool, value_pool)
     arrays = (keys, values, key_pool, value_pool, targets)
@@ -153,14 +153,14 @@ def _append_forward(problem, choice, keys, values, key_pool, value_pool, targets
     return _append(problem, choice, keys, values, key_pool, value_pool, targets), targets
 
 
-def _append_backward(problem, choice, targets, cotangents):
+def append_backward(problem, choice, targets, cotangents):
     del choice  # one backward pass for all implementations
-    pools = _as_heads(problem, *cotangents)
+    pools = as_heads(problem, *cotangents)
     d_new = reference.append_transposed(problem.num_tokens, *pools, *targets)
-    return *d_new[:2], *_like(cotangents[0], d_new[2:]), None
+    return *d_new[:2], *like(cotangents[0], d_new[2:]), None
 
 
-_append.defvjp(_append_forward, _append_backward)
+_append.defvjp(_append_forward, append_backward)
 
 
 def _choose(
@@ -176,18 +176,18 @@ def _choose(
     if choice.implementation == "xla":
         return reference_fn(*arrays)
     if choice.implementation is not None:
-        module, _ = _load(choice.implementation, op, problem)
-        return _batchable(partial(kernel_fn, module))(*arrays)
+        module, _ = load(choice.implementation, op, problem)
+        return batchable(partial(kernel_fn, module))(*arrays)
     branches = {}
     for name, backend in BACKENDS.items():
-        module, reason = _load(name, op, problem)
+        module, reason = load(name, op, problem)
         if reason is None:
             kernel = lazy.on_platform(backend.platform, partial(kernel_fn, module), results)
-            branches[backend.platform] = _batchable(kernel)
+            branches[backend.platform] = batchable(kernel)
     return lax.platform_dependent(*arrays, **branches, default=reference_fn)
 
 
-def _load(name: str, op: str, problem: Problem | AppendProblem) -> tuple[ModuleType | None, Any]:
+def load(name: str, op: str, problem: Problem | AppendProblem) -> tuple[ModuleType | None, Any]:
     """The module of a backend's op, and why it cannot run the problem, if it cannot."""
     package = importlib.import_module(BACKENDS[name].package)
     reason = package.unsupported_version()
@@ -197,12 +197,12 @@ def _load(name: str, op: str, problem: Problem | AppendProblem) -> tuple[ModuleT
     return module, module.unsupported(problem)
 
 
-def _batchable(kernel: Callable) -> Callable:
+def batchable(kernel: Callable) -> Callable:
     """Under vmap a kernel runs once per element: its memory is addressed by hand."""
     return jax.custom_batching.sequential_vmap(kernel)
 
 
-def _uniform(arrays: tuple) -> tuple:
+def uniform(arrays: tuple) -> tuple:
     """All arrays varying over the same axes of a `shard_map`; a no-op outside of one."""
     varying = lambda x: jax.typeof(x).manual_axis_type.varying
     axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(arrays)))
@@ -218,7 +218,7 @@ def check(op: str, problem: Problem | AppendProblem, choice: Choice, array: Any)
     """A named kernel must support the problem; called eagerly, it needs its device."""
     if choice.implementation not in BACKENDS:
         return
-    _, reason = _load(choice.implementation, op, problem)
+    _, reason = load(choice.implementation, op, problem)
     if reason is not None:
         raise NotImplementedError(
             f"implementation={choice.implementation!r} cannot run this {op}: {reason}"
@@ -237,7 +237,7 @@ def check(op: str, problem: Problem | AppendProblem, choice: Choice, array: Any)
         )
 
 
-def _safe_layer(layer: Array, lengths: Array, pool: Array) -> tuple[Array, Array]:
+def safe_layer(layer: Array, lengths: Array, pool: Array) -> tuple[Array, Array]:
     """A layer inside the stack, and lengths: where it was outside, no sequence has tokens."""
     num_layers = pool.shape[0]
     is_layer = (layer >= 0) & (layer < num_layers)
@@ -253,7 +253,7 @@ def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:
 def _reference_arrays(problem: Problem, query, key_pool, value_pool, slopes, operands) -> tuple:
     return (
         query,
-        *_as_heads(problem, key_pool, value_pool),
+        *as_heads(problem, key_pool, value_pool),
         slopes,
         operands.block_table,
         operands.seq_lengths,
@@ -262,10 +262,10 @@ def _reference_arrays(problem: Problem, query, key_pool, value_pool, slopes, ope
     )
 
 
-def _as_heads(problem: Problem | AppendProblem, *pools: Array) -> list[Array]:
+def as_heads(problem: Problem | AppendProblem, *pools: Array) -> list[Array]:
     """Pools as kernels and the reference see them, of one layer or many, packed or not."""
     return [pool.reshape(problem.cache.pool_shape) for pool in pools]
 
 
-def _like(pool: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
+def like(pool: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
     return pools[0].reshape(pool.shape), pools[1].reshape(pool.shape)

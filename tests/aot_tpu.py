@@ -12,7 +12,13 @@ from jax.sharding import SingleDeviceSharding
 import paged_kv
 
 TARGETS = ("v5e", "v6e", "tpu7x")
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
 
 
 @functools.cache
@@ -85,6 +91,17 @@ def step(case):
 
     arrays = case.packed(heads), case.packed(case.num_kv_heads), case.starts, slopes
     return jax.jit(run, donate_argnums=0).lower(case.cache, *arrays).compile()
+
+
+def append_and_attend(case):
+    """A decode step of a stacked case by the best there is, the cache donated; compiled."""
+    new = case.packed(case.num_kv_heads)
+
+    def run(cache, query, keys, values):
+        return paged_kv.append_and_attend(query, keys, values, cache, layer=1)
+
+    query = case.packed(case.num_kv_heads * case.group)
+    return jax.jit(run, donate_argnums=0).lower(case.cache, query, new, new).compile()
 
 
 def append(case):

@@ -53,6 +53,9 @@ def case_of(row):
     )
 
 
+FUSED = "paged_append_and_decode"
+
+
 def assert_kernels(compiled, others=frozenset({"paged_append"})):
     """One kernel attends, which one is the plan's choice; the others are these."""
     kernels = aot_tpu.kernels_of(compiled)
@@ -112,6 +115,25 @@ def test_decode_kernels_fit_the_smallest_vmem(heads):
     assert aot_tpu.kernels_of(aot_tpu.step(case)) == {"paged_decode", "paged_append"}
 
 
+ONE_KERNEL = [
+    ("v5e", 16, (8, 4)),
+    ("v6e", 128, (1, 8)),
+    ("tpu7x", 128, (8, 4)),
+]
+ELSEWHERE = [("v4", 16, (8, 4)), ("v4", 128, (1, 8)), ("v5p", 16, (8, 4)), ("v6e", 16, (1, 8))]
+
+
+@pytest.mark.parametrize(
+    "target, block_size, heads",
+    [*ONE_KERNEL, *(pytest.param(*row, marks=pytest.mark.slow) for row in ELSEWHERE)],
+)
+def test_a_decode_step_appends_and_attends_in_one_kernel(target, block_size, heads):
+    case = aot_tpu.Case(target, 128, block_size, *heads, num_layers=3, num_blocks=1 << 14)
+    compiled = aot_tpu.append_and_attend(case)
+    assert aot_tpu.kernels_of(compiled) == {FUSED}
+    hlo.assert_updated_in_place(compiled, case.pool_elements)
+
+
 # More than VMEM holds: a smaller pool may be moved there and back, which is no copy to avoid.
 SIZES = steps.Sizes(num_blocks=1 << 16)
 
@@ -123,7 +145,10 @@ def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_token
     """The kernels are chosen for the target, and see the pool as it lies in memory."""
     sizes = dataclasses.replace(SIZES, num_kv_heads=num_kv_heads)
     compiled = steps.compile_donated(sizes, num_tokens, aot_tpu.sharding("v6e"))
-    assert_kernels(compiled)
+    if num_tokens is None and num_kv_heads != 3:
+        assert aot_tpu.kernels_of(compiled) == {FUSED}
+    else:
+        assert_kernels(compiled)
     hlo.assert_updated_in_place(compiled, sizes.layer_elements)
     assert compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
 

@@ -37,6 +37,10 @@ def _step(query, cache):
     return paged_kv.paged_attention(query, cache)
 
 
+def _fused_step(query, cache):
+    return paged_kv.append_and_attend(query, query[:, :2], query[:, 2:], cache)[0]
+
+
 def test_kernels_of_other_platforms_are_not_traced(monkeypatch):
     from paged_kv.kernels.tpu import append, attention
 
@@ -46,8 +50,10 @@ def test_kernels_of_other_platforms_are_not_traced(monkeypatch):
         raise AssertionError("traced for a platform the program does not run on")
 
     monkeypatch.setattr(attention, "attend", fail)
+    monkeypatch.setattr(attention, "append_and_attend", fail)
     monkeypatch.setattr(append, "append", fail)
     jax.jit(lambda query, cache: _step(query, cache)).lower(_query(), _cache()).compile()
+    jax.jit(lambda query, cache: _fused_step(query, cache)).lower(_query(), _cache()).compile()
 
 
 def test_a_program_lowered_for_tpu_without_one_holds_the_kernels():
@@ -63,10 +69,20 @@ def test_a_program_lowered_for_gpu_without_one_holds_the_kernels():
     assert text.count("mosaic_gpu") >= 2
 
 
-def test_one_exported_program_serves_several_platforms():
+def test_append_and_attend_is_one_kernel_on_tpu_and_two_on_gpu():
+    traced = jax.jit(lambda query, cache: _fused_step(query, cache)).trace(_query(), _cache())
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 1
+    if gpu_kernels.unsupported_version() is None:
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize("step", [_step, _fused_step])
+def test_one_exported_program_serves_several_platforms(step):
     query, cache = _query(), _cache()
     checks = [export.DisabledSafetyCheck.custom_call("tpu_custom_call")]
-    step = jax.jit(lambda query, cache: _step(query, cache))
+    step = jax.jit(step)
     exported = export.export(step, platforms=("tpu", "cpu"), disabled_checks=checks)(query, cache)
     again = export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(query, cache), step(query, cache))

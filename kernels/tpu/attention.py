@@ -68,6 +68,14 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def can_append(problem: Problem) -> bool:
+    """Whether `append_and_attend` can run the problem, and writes its new keys and values too."""
+    return decode.plan_of(problem, appends=True) is not None
+
+
+append_and_attend = decode.append_and_attend
+
+
 def attend(
     problem: Problem,
     query: Array,

@@ -23,6 +23,7 @@ from ..core.schedule import Schedule
 from . import decode_plan as plans
 from . import pipeline, worklist
 from .blocks import COMPILER_PARAMS, allocate, interpreter
+from .decode_append import KEYS, VALUES, NewTokens, Slots, in_units
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
 from .decode_plan import SETS, DecodePlan
 from .device import vmem_bytes
@@ -31,9 +32,9 @@ from .plan import LANES
 from .worklist import DecodeRows, Work
 
 
-def plan_of(problem: Problem) -> DecodePlan | None:
+def plan_of(problem: Problem, *, appends: bool = False) -> DecodePlan | None:
     """The plan for the chip that the program is traced for; None: not for this kernel."""
-    return plans.plan_decode(problem, vmem_bytes())
+    return plans.plan_decode(problem, vmem_bytes(), appends=appends)
 
 
 def attend(
@@ -50,19 +51,67 @@ def attend(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """(out, lse) of one query token per sequence, over pools with a leading layer axis."""
+    operands = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+    out, lse = _attend(problem, plan, *operands, None, interpret)
+    return out, lse
+
+
+def append_and_attend(
+    problem: Problem,
+    query: Array,
+    keys: Array,
+    values: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    seq_lengths: Array,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any = None,
+) -> tuple[Array, Array, Array, Array]:
+    """(out, lse, key_pool, value_pool): each sequence's last token is written, then attends."""
+    plan = plan_of(problem, appends=True)
+    assert plan is not None, "can_append() comes first"
+    new = (
+        Slots.of(problem, plan, block_table, schedule, seq_lengths, layer),
+        in_units(plan, keys, values),
+    )
+    operands = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+    out, lse, *pools = _attend(problem, plan, *operands, new, interpret)
+    return out, lse, pools[0].reshape(key_pool.shape), pools[1].reshape(value_pool.shape)
+
+
+def _attend(
+    problem: Problem,
+    plan: DecodePlan,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    new: tuple[Slots, Array] | None,
+    interpret: Any,
+) -> list[Array]:
+    """out and lse, and views of the pools if there are new tokens."""
     num_heads = problem.num_query_heads
     table, start, stop = _seen_part(problem, block_table, schedule.seq_lengths)
-    rows = worklist.of_batch(plan, start, stop)
+    scalars = [*worklist.of_batch(plan, start, stop), *(new[0] if new else ())]
     pad = plan.num_heads - num_heads
     arrays = [jnp.pad(query.astype(jnp.bfloat16), ((0, 0), (0, pad), (0, 0)))]
     if alibi_slopes is not None:
         slopes = jnp.pad(alibi_slopes.astype(jnp.float32), (0, pad))
         arrays.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
-    pools = [pool for pool in (key_pool, value_pool) for pool in _views(plan, pool)]
+    if new:
+        arrays.append(new[1])
+    pools = [view for pool in (key_pool, value_pool) for view in _views(plan, pool)]
     table = sliced_table(plan, table, layer * problem.cache.num_blocks)
-    call = _make_call(problem, plan, query, interpret)
-    out, lse = call(*rows, *arrays, table, *pools)
-    return out[:, :num_heads].astype(query.dtype), lse[:, :num_heads]
+    call = _make_call(problem, plan, query, pools, interpret)
+    out, lse, *pools = call(*scalars, *arrays, table, *pools)
+    return [out[:, :num_heads].astype(query.dtype), lse[:, :num_heads], *pools]
 
 
 def _seen_part(problem: Problem, table: Array, lengths: Array) -> tuple[Array, Array, Array]:
@@ -79,33 +128,51 @@ def _seen_part(problem: Problem, table: Array, lengths: Array) -> tuple[Array, A
 
 
 def _views(plan: DecodePlan, pool: Array) -> list[Array]:
-    """The pool's blocks as matrices of rows; with runs, its rows besides: the same bytes."""
-    by_block = pool.reshape(-1, plan.block_rows, plan.head_dim)
-    return [by_block] if plan.run == 1 else [by_block, pool.reshape(-1, plan.head_dim)]
+    """The pool's blocks as matrices of rows; with runs, its rows besides: the same bytes.
+
+    A pool that is written has one view: two would make two pools of it.
+    """
+    by_block, rows = pool.reshape(-1, plan.block_rows, plan.head_dim), pool.reshape(-1, LANES)
+    if plan.run == 1:
+        return [by_block]
+    return [rows] if plan.appends else [by_block, rows]
 
 
-def _make_call(problem: Problem, plan: DecodePlan, query: Array, interpret: Any) -> Any:
+def _make_call(
+    problem: Problem, plan: DecodePlan, query: Array, pools: list[Array], interpret: Any
+) -> Any:
     batch, rows, heads = query.shape[0], plan.rows_per_program, plan.num_heads
     mine = pl.BlockSpec((rows, heads, plan.head_dim), lambda i, *_: (i, 0, 0))
     shared = pl.BlockSpec((heads, LANES), lambda i, *_: (0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     slopes = [shared] if problem.variant.has_alibi else []
-    views = 2 * (1 if plan.run == 1 else 2)
+    unit = (rows, 2, plans.UNIT_ROWS, plan.head_dim)
+    new = [pl.BlockSpec(unit, lambda i, *_: (i, 0, 0, 0))] if plan.appends else []
+    written = [result(x.shape, x.dtype, query) for x in pools if plan.appends]
+    num_scalars = len(DecodeRows._fields) + (len(Slots._fields) if plan.appends else 0)
+    inputs = [mine, *slopes, *new, hbm, *[hbm] * len(pools)]
+    first_pool = num_scalars + len(inputs) - len(pools)
     out_dtype = "float32" if problem.query_dtype == "float16" else problem.query_dtype
     flops, num_bytes, transcendentals = problem.cost
     return pl.pallas_call(
         partial(_kernel, problem, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(DecodeRows._fields),
+            num_scalar_prefetch=num_scalars,
             grid=(plan.num_programs,),
-            in_specs=[mine, *slopes, *[hbm] * (1 + views)],
-            out_specs=[mine, pl.BlockSpec((rows, LANES), lambda i, *_: (i, 0))],
+            in_specs=inputs,
+            out_specs=[
+                mine,
+                pl.BlockSpec((rows, LANES), lambda i, *_: (i, 0)),
+                *[hbm] * len(written),
+            ],
             scratch_shapes=allocate(plans.decode_scratch(plan)),
         ),
         out_shape=[
             result((batch, heads, plan.head_dim), jnp.dtype(out_dtype), query),
             result((batch, LANES), jnp.float32, query),
+            *written,
         ],
+        input_output_aliases={first_pool + i: 2 + i for i in range(len(written))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=plans.vmem_limit(problem, plan),
@@ -115,13 +182,14 @@ def _make_call(problem: Problem, plan: DecodePlan, query: Array, interpret: Any)
             flops=flops, transcendentals=transcendentals, bytes_accessed=num_bytes
         ),
         interpret=interpreter(interpret),
-        name="paged_decode",
+        name="paged_append_and_decode" if plan.appends else "paged_decode",
     )
 
 
 def _kernel(problem: Problem, plan: DecodePlan, *refs: Any) -> None:
     step = _step(problem, plan, list(refs))
     work = step.copies.work
+    step.new.write_apart()
 
     @pl.when(work.num_rows < plan.rows_per_program)
     def _() -> None:
@@ -140,14 +208,23 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
     """The kernel's refs by name."""
     take = lambda count: tuple(refs.pop(0) for _ in range(count))
     rows = DecodeRows(*take(len(DecodeRows._fields)))
+    slots = tokens = units = is_written = None
+    if plan.appends:
+        slots = Slots(*take(len(Slots._fields)))
     (query,), slopes = take(1), None
     if problem.variant.has_alibi:
         (slopes,) = take(1)
+    if plan.appends:
+        (tokens,) = take(1)
     (table,) = take(1)
-    views = [take(1 if plan.run == 1 else 2) for _ in range(2)]
+    views = [take(2 if plan.run > 1 and not plan.appends else 1) for _ in range(2)]
     out, lse = take(2)
+    if plan.appends:  # the pools as they are read and written
+        views = [take(1) for _ in range(2)]
     keys, values, scores, weights, stats, slices = (take(SETS) for _ in range(6))
     semaphores = take(3)
+    if plan.appends:
+        units, is_written = take(2)
     streams = [
         Stream(view[0], view[-1], buffers, semaphore, first)
         for view, buffers, semaphore, first in zip(
@@ -155,10 +232,13 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
         )
     ]
     work = Work(plan, rows, pl.program_id(0), problem.variant.left is not None)
+    pools = [stream.blocks for stream in streams]
+    new = NewTokens(plan, work, slots, tokens, pools, units, is_written)
     return Step(
         plan=plan,
         variant=pipeline.of_last_token(problem.variant),
         copies=Copies(plan, work, table, slices, semaphores[2], *streams),
+        new=new,
         query=query,
         slopes=slopes,
         out=out,
@@ -210,9 +290,11 @@ def _begin(step: Step) -> tuple[Any, ...]:
     copies.start_slices(0, copies.keys, groups[3])
     copies.start_slices(0, copies.values, groups[1])
     copies.wait(copies.keys, groups[0], 0)
+    step.new.put(KEYS, groups[0], copies.keys.buffers[0])
     scores = ScoreStage(step, 0, groups[0], None)
     for u, first in plan.chunks:
         scores.chunk(u, first)
+    step.new.wait(groups[0], [])
     return work.none(), *cursors
 
 
@@ -223,13 +305,19 @@ def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
     ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
     copies.wait_slices(slot)
 
+    def put() -> None:
+        step.new.put(KEYS, groups.next, copies.keys.buffers[ahead])
+        step.new.put(VALUES, groups.before, copies.values.buffers[behind])
+
     def wait_for_whole() -> None:
         copies.wait_whole(copies.keys, ahead)
         copies.wait_whole(copies.values, behind)
+        put()
 
     def wait() -> None:
         copies.wait(copies.keys, groups.next, ahead)
         copies.wait(copies.values, groups.before, behind)
+        put()
         copies.clear(groups.before, behind)
 
     is_whole = work.are_full(groups.next) & work.are_whole(groups.before)
@@ -241,3 +329,4 @@ def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
         are_runs &= copies.are_runs(slot, copies.values, groups.next)
         way = jnp.where(is_full & are_runs, 2, way)
     lax.switch(way, [partial(pipeline.run, step, slot, way, groups) for way in plan.variants])
+    step.new.wait(groups.next, groups.before)

@@ -44,7 +44,10 @@ def sliced_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
 
 
 class Stream(NamedTuple):
-    """Keys or values: the blocks of all layers in HBM, seen in two ways, and their sets in VMEM."""
+    """Keys or values: the blocks of all layers in HBM, seen in two ways, and their sets in VMEM.
+
+    Both are rows where there is but that view.
+    """
 
     blocks: Any  # (layers * blocks, block_rows, head_dim)
     rows: Any  # (layers * blocks * block_rows, head_dim); one copy takes a run of blocks from it
@@ -149,7 +152,7 @@ class Copies:
         count = run * plan.block_rows
         row = u * plan.tile_rows + i * plan.block_rows
         row = row if isinstance(row, int) else pl.multiple_of(row, plan.block_rows)
-        if run == 1:
+        if run == 1 and len(stream.blocks.shape) == 3:
             source = stream.blocks.at[block]
         else:
             first = pl.multiple_of(block * plan.block_rows, plan.block_rows)

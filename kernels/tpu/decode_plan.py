@@ -14,6 +14,7 @@ from .plan import LANES, TABLE_WINDOW, Buffer, min_rows, round_up, vmem_bytes
 
 SETS = 3  # of every buffer: one in use, one on its way, one being filled
 KV_HEADS = (1, 2, 4, 8)
+UNIT_ROWS = 16  # (token, kv head) rows that an append reads and rewrites: one register
 STATS = 5  # of an item: decay, maximum, sum, maximum of each lane, output
 RUN = 4  # blocks of a merged copy
 SMALL_BLOCK = 8 << 10  # bytes; copies of blocks no larger than this take longer to start than to do
@@ -22,7 +23,7 @@ MAX_TILE_TOKENS = 4096
 STEP_ROWS = 8192  # rows of a step below which latencies show
 SMALL_STEP_ROWS = 4096  # the same where copies limit
 MAX_ITEMS = 8  # of a step
-QUERY_BYTES = 2 << 20  # queries of a program
+QUERY_BYTES = 2 << 20  # queries, and new tokens, of a program
 COMPILER_BYTES = 2 << 20  # left to the compiler
 
 
@@ -44,6 +45,7 @@ class DecodePlan:
     spread: float  # share of a step over which its copies are started
     has_one_tile: bool  # no row has more; a step of several items takes one of each row
     is_one_step: bool  # there are never more items than a step takes
+    appends: bool  # new tokens are written, too
 
     @property
     def block_rows(self) -> int:
@@ -102,7 +104,7 @@ def table_columns(problem: Problem) -> int:
     return min(cache.max_blocks_per_seq, (left + 2 * cache.block_size - 1) // cache.block_size)
 
 
-def plan_decode(problem: Problem, vmem: int) -> DecodePlan | None:
+def plan_decode(problem: Problem, vmem: int, *, appends: bool = False) -> DecodePlan | None:
     """The best plan whose buffers fit `vmem` bytes; None if the decode kernel has none."""
     cache = problem.cache
     if problem.is_packed or cache.dtype != "bfloat16" or cache.head_dim != LANES:
@@ -111,17 +113,18 @@ def plan_decode(problem: Problem, vmem: int) -> DecodePlan | None:
         return None
     if cache.rows_per_block % min_rows("bfloat16"):
         return None
-    for plan in _plans(problem):
+    for plan in _plans(problem, appends):
         if vmem_bytes(decode_buffers(problem, plan)) + COMPILER_BYTES <= vmem:
             return plan
     return None
 
 
-def _plans(problem: Problem) -> Iterator[DecodePlan]:
+def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
     """Plans from the largest tile that is not mostly empty, best first."""
     cache, columns = problem.cache, table_columns(problem)
     heads = round_up(problem.num_query_heads, 8)
-    rows, programs = _rows_per_program(cache.batch, heads * cache.head_dim * 2)
+    row_bytes = (heads + 2 * UNIT_ROWS * appends) * cache.head_dim * 2
+    rows, programs = _rows_per_program(cache.batch, row_bytes)
     is_small = cache.rows_per_block * cache.head_dim * 2 <= SMALL_BLOCK
     step_rows = SMALL_STEP_ROWS if is_small else STEP_ROWS
     blocks = _most_blocks(cache.rows_per_block, cache.block_size, columns)
@@ -148,14 +151,15 @@ def _plans(problem: Problem) -> Iterator[DecodePlan]:
                 spread=1.0 if is_small else 0.5,
                 has_one_tile=has_one_tile,
                 is_one_step=most_items <= items,
+                appends=appends,
             )
             items //= 2
         blocks //= 2
 
 
-def _rows_per_program(batch: int, query_bytes: int) -> tuple[int, int]:
-    """Rows of a program, and programs: as few as hold all queries."""
-    programs = -(-batch // max(8, QUERY_BYTES // query_bytes))
+def _rows_per_program(batch: int, row_bytes: int) -> tuple[int, int]:
+    """Rows of a program, and programs: as few as hold all queries and new tokens."""
+    programs = -(-batch // max(8, QUERY_BYTES // row_bytes))
     return (batch, 1) if programs == 1 else (round_up(-(-batch // programs), 8), programs)
 
 
@@ -171,7 +175,7 @@ def _most_blocks(block_rows: int, block_size: int, columns: int) -> int:
 
 def decode_scratch(plan: DecodePlan) -> list[Buffer]:
     """Scratch of the kernel, in order: SETS each of keys, values, scores, weights, states, tables,
-    then the semaphores of keys, values and tables."""
+    then the semaphores of keys, values and tables; units on their way back, and a semaphore."""
     heads, step_rows = plan.num_heads, plan.step_rows
     tile = Buffer("vmem", (step_rows + plan.pad_rows, plan.head_dim), "bfloat16")
     each = [
@@ -183,18 +187,22 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
         Buffer("smem", (plan.slices,), "int32"),
     ]
     semaphores = [Buffer("semaphore", (SETS,))] * 3
-    return [buffer for buffer in each for _ in range(SETS)] + semaphores
+    units = Buffer("vmem", (2 * plan.items_per_step * UNIT_ROWS, plan.head_dim), "bfloat16")
+    new = [units, Buffer("semaphore", (1,))] if plan.appends else []
+    return [*(buffer for buffer in each for _ in range(SETS)), *semaphores, *new]
 
 
 def decode_buffers(problem: Problem, plan: DecodePlan) -> list[Buffer]:
     """All that the kernel holds: scratch, and two each of the operands of a program."""
     rows, heads = plan.rows_per_program, plan.num_heads
+    new = Buffer("vmem", (2, rows, 2, UNIT_ROWS, plan.head_dim), "bfloat16")
     return [
         *decode_scratch(plan),
         Buffer("vmem", (2, rows, heads, plan.head_dim), "bfloat16"),
         Buffer("vmem", (2, rows, heads, plan.head_dim), problem.query_dtype),
         Buffer("vmem", (2, rows, LANES), "float32"),
         Buffer("vmem", (2, heads, LANES), "float32"),
+        *([new] if plan.appends else []),
     ]
 
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
+from .decode_append import KEYS, VALUES, NewTokens
 from .decode_copies import Copies, Paced, clear_pads, tied
 from .decode_plan import SETS, STATS, DecodePlan
 from .plan import LANES
@@ -47,6 +48,7 @@ class Step:
     plan: DecodePlan
     variant: Variant
     copies: Copies
+    new: NewTokens
     query: Any  # (rows_per_program, num_heads, head_dim)
     slopes: Any  # (num_heads, LANES) or None
     out: Any
@@ -249,10 +251,13 @@ def _once_full(step: Step, items: list[Item]) -> None:
     for start in keys + values[:some]:
         start()
     copies.wait_whole(copies.keys, slot)
+    step.new.put(KEYS, items, copies.keys.buffers[slot])
     pace = Paced(values[some:], len(step.plan.chunks), 0.25)
     _score_and_weigh(step, items, pace)
     copies.wait_whole(copies.values, slot)
+    step.new.put(VALUES, items, copies.values.buffers[slot])
     _take(step, items)
+    step.new.wait(items, items)
 
 
 def _once_cut(step: Step, items: list[Item]) -> None:
@@ -260,10 +265,13 @@ def _once_cut(step: Step, items: list[Item]) -> None:
     for stream in (copies.keys, copies.values):
         copies.start(slot, stream, items, slot)
     copies.wait(copies.keys, items, slot)
+    step.new.put(KEYS, items, copies.keys.buffers[slot])
     _score_and_weigh(step, items, None)
     copies.wait(copies.values, items, slot)
+    step.new.put(VALUES, items, copies.values.buffers[slot])
     copies.clear(items, slot)
     _take(step, items)
+    step.new.wait(items, items)
 
 
 def _score_and_weigh(step: Step, items: list[Item], values: Paced | None) -> None:

@@ -15,6 +15,8 @@ from itertools import chain
 from .dump import Dump
 from .machine import Trace, Visit
 
+LARGE = 20  # a block that takes this part of an iteration decides which way it is
+
 
 @dataclass(frozen=True)
 class Path:
@@ -68,11 +70,13 @@ def _iterations(trace: Trace, start: int, stop: int) -> Iterator[list[Visit]]:
 
 
 def _commonest(iterations: Sequence[Sequence[Visit]]) -> Path:
-    """The iterations that pass the same blocks, if they take half of the time; else all."""
+    """The iterations that pass the same large blocks, if they take half of the time; else all."""
     groups = defaultdict(list)
     for visits in iterations:
         if any(visit.copies for visit in visits):
-            groups[frozenset(visit.block.start for visit in visits)].append(visits)
+            least = _cycles(visits) / LARGE
+            large = frozenset(v.block.start for v in visits if v.block.cycles >= least)
+            groups[large].append(visits)
     group = max(groups.values(), key=_total, default=iterations)
     if 2 * _total(group) < _total(iterations):
         group = iterations

@@ -1,0 +1,112 @@
+"""Append and attention at once: one kernel where a backend has it, otherwise one after the other.
+
+The gradient is that of one after the other, whatever runs.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import dispatch, lazy
+from .dispatch import BACKENDS, Choice, Operands, Targets
+from .kernels.core.problem import AppendProblem, Problem
+from .kernels.core.schedule import Schedule
+
+FUSING = "mosaic_tpu"  # the backend that has such a kernel
+
+
+def append_and_attend(
+    problems: tuple[AppendProblem, Problem],
+    choice: Choice,
+    query: Array,
+    keys: Array,
+    values: Array,
+    key_pool: Array,
+    value_pool: Array,
+    slopes: Array | None,
+    operands: Operands,
+    targets: Targets,
+) -> tuple[Array, Array, Array, Array]:
+    """(out, lse, key_pool, value_pool), differentiable as `dispatch.append` and `attend` are."""
+    new = keys.astype(key_pool.dtype), values.astype(value_pool.dtype)
+    arrays = (query, *new, key_pool, value_pool, slopes, operands, targets)
+    if not _is_fused(problems[1], choice):
+        return _in_turn(problems, choice, *arrays)
+    return _at_once(problems, choice, *dispatch.uniform(arrays))
+
+
+def _is_fused(problem: Problem, choice: Choice) -> bool:
+    """Whether some platform has one kernel for the problem."""
+    if problem.is_packed or choice.implementation not in (None, FUSING):
+        return False
+    module, reason = dispatch.load(FUSING, "attention", problem)
+    return module is not None and reason is None and module.can_append(problem)
+
+
+def _in_turn(
+    problems, choice, query, keys, values, key_pool, value_pool, slopes, operands, targets
+):
+    append, attend = problems
+    pools = dispatch.append(append, choice, keys, values, key_pool, value_pool, targets)
+    return *dispatch.attend(attend, choice, query, *pools, slopes, operands), *pools
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _at_once(problems, choice, *arrays) -> Any:
+    module: Any = dispatch.load(FUSING, "attention", problems[1])[0]
+
+    def kernel_fn(query, keys, values, key_pool, value_pool, slopes, operands, targets):
+        pools = dispatch.as_heads(problems[1], key_pool, value_pool)
+        schedule = operands.schedule
+        safe = partial(dispatch.safe_layer, operands.layer, pool=pools[0])
+        layer, lengths = safe(schedule.seq_lengths)
+        schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
+        out, lse, key_rows, value_rows = module.append_and_attend(
+            problems[1],
+            query,
+            keys,
+            values,
+            *pools,
+            operands.block_table,
+            schedule,
+            safe(targets.seq_lengths)[1],
+            slopes,
+            layer,
+            interpret=choice.interpret,
+        )
+        return out, lse, *dispatch.like(key_pool, (key_rows, value_rows))
+
+    if choice.implementation == FUSING:
+        return dispatch.batchable(kernel_fn)(*arrays)
+
+    def results(query, keys, values, key_pool, value_pool, *_):
+        return query, query[..., 0].astype(jnp.float32), key_pool, value_pool
+
+    platform = BACKENDS[FUSING].platform
+    kernel = dispatch.batchable(lazy.on_platform(platform, kernel_fn, results))
+    in_turn = partial(_in_turn, problems, choice)
+    return lax.platform_dependent(*arrays, **{platform: kernel}, default=in_turn)
+
+
+def _forward(problems, choice, *arrays):
+    query, *_, slopes, operands, targets = arrays
+    results: Any = _at_once(problems, choice, *arrays)
+    out, lse, *pools = results
+    return results, ((query, *pools, slopes, operands, out, lse), targets)
+
+
+def _backward(problems, choice, residuals, cotangents):
+    append, attend = problems
+    d_out, d_lse, *d_pools = cotangents
+    d_query, *d_seen, d_slopes, _ = dispatch.attend_backward(
+        attend, choice, residuals[0], (d_out, d_lse)
+    )
+    d_pools = [a + b for a, b in zip(d_pools, d_seen, strict=True)]
+    *d_new, _ = dispatch.append_backward(append, choice, residuals[1], d_pools)
+    return d_query, *d_new, d_slopes, None, None
+
+
+_at_once.defvjp(_forward, _backward)
