@@ -91,7 +91,7 @@ def copy_blocks(
     validate_values.block_ids("source_ids", source, cache.num_blocks)
     validate_values.block_ids("target_ids", target, cache.num_blocks)
     validate_values.different_targets(target)
-    is_valid = _in_pool(source, cache) & _in_pool(target, cache)
+    is_valid = in_pool(source, cache) & in_pool(target, cache)
     target = jnp.where(is_valid, target, cache.num_blocks)
     source = jnp.where(is_valid, source, 0)
 
@@ -115,7 +115,7 @@ def scrub_blocks(cache: PagedKVCache, block_ids: Int32[Array, "n"]) -> PagedKVCa
     """
     ids = validate.ids("block_ids", block_ids)
     validate_values.block_ids("block_ids", ids, cache.num_blocks)
-    ids = jnp.where(_in_pool(ids, cache), ids, cache.num_blocks)
+    ids = jnp.where(in_pool(ids, cache), ids, cache.num_blocks)
 
     def scrub(pool: Array) -> Array:
         layers = layout.as_layers(pool, cache.num_layers is not None)
@@ -158,5 +158,6 @@ def slot_mapping(
     return jnp.where(slots.is_valid, slots.block * shape.block_size + slots.offset, -1)
 
 
-def _in_pool(ids: Array, cache: PagedKVCache) -> Array:
+def in_pool(ids: Array, cache: PagedKVCache) -> Array:
+    """Where ids name a block of the pool, bool of the same shape."""
     return (ids >= 0) & (ids < cache.num_blocks)

@@ -76,13 +76,6 @@ def long():
     return cache(seq_lengths=int32([13, 1]))
 
 
-def allocator(do):
-    """`do` on an allocator of four blocks of 16 of which "a" holds two."""
-    blocks = paged_kv.BlockAllocator(num_blocks=4, block_size=16)
-    blocks.allocate("a", 20)
-    return do(blocks)
-
-
 EAGER = [
     Row("init size zero", lambda: init(head_dim=0), "head_dim=0 must be a positive int"),
     Row("init size float", lambda: init(block_size=4.0), r"block_size=4\.0 must be a positive"),
@@ -243,26 +236,6 @@ APPEND = [
     ),
 ]
 
-ALLOCATOR = [
-    Row(
-        "allocator size", lambda: paged_kv.BlockAllocator(0, 16), "num_blocks=0 must be a positive"
-    ),
-    Row("id taken", lambda: allocator(lambda a: a.allocate("a", 1)), "'a' is allocated already"),
-    Row(
-        "allocate negative", lambda: allocator(lambda a: a.allocate("b", -1)), "num_tokens=-1 must"
-    ),
-    Row("extend negative", lambda: allocator(lambda a: a.extend("a", -1)), "num_tokens=-1 must be"),
-    Row("extend unknown", lambda: allocator(lambda a: a.extend("b", 1)), "'b' is not allocated"),
-    Row("free unknown", lambda: allocator(lambda a: a.free("b")), "'b' is not allocated; call"),
-    Row("blocks of unknown", lambda: allocator(lambda a: a.blocks("b")), "'b' is not allocated"),
-    Row(
-        "out of blocks",
-        lambda: allocator(lambda a: a.allocate("b", 33)),
-        "'b' needs 3 more blocks for 33 tokens, 2 of 4 are free",
-        paged_kv.OutOfBlocksError,
-    ),
-]
-
 PACKAGE = [
     Row(
         "import of the folder kernels",
@@ -272,4 +245,4 @@ PACKAGE = [
     ),
 ]
 
-ROWS = [*EAGER, *STATE, *APPEND, *ALLOCATOR, *PACKAGE]
+ROWS = [*EAGER, *STATE, *APPEND, *PACKAGE]

@@ -1,17 +1,34 @@
-"""`BlockAllocator`: no block in two hands, none lost, nothing changed by a refusal."""
+"""`BlockAllocator`, one promise at a time; test_allocator_model has them all together."""
 
+import itertools
+import threading
+
+import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import paged_kv
+from paged_kv.prefix import BlockRemoved, BlockStored
 
 NUM_BLOCKS, BLOCK_SIZE = 10, 4
 
 
-def allocator():
-    return paged_kv.BlockAllocator(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+def allocator(num_blocks=NUM_BLOCKS, **options):
+    return paged_kv.BlockAllocator(num_blocks, BLOCK_SIZE, **options)
+
+
+def cached(tokens, **options):
+    """An allocator that knows the prefixes of `tokens`, which no sequence holds any more."""
+    blocks = allocator(enable_prefix_caching=True, **options)
+    blocks.allocate("first", len(tokens))
+    blocks.commit("first", tokens)
+    blocks.free("first")
+    return blocks
+
+
+def pending(blocks):
+    """(source, target) pairs to copy, and blocks to scrub."""
+    sources, targets, scrubs = (ids[ids >= 0].tolist() for ids in blocks.take_pending())
+    return list(zip(sources, targets, strict=True)), scrubs
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2), (40, 10)])
@@ -82,43 +99,300 @@ def test_any_hashable_names_a_sequence():
     assert blocks.num_free_blocks == NUM_BLOCKS - 4
 
 
-class AllocatorAgainstCounting(RuleBasedStateMachine):
-    """Random requests beside a dictionary of token counts."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks, self.tokens = allocator(), {}
-
-    def needed(self, tokens):
-        return -(-tokens // BLOCK_SIZE)
-
-    @rule(name=st.integers(0, 3), count=st.integers(0, 20))
-    def request(self, name, count):
-        before = self.tokens.get(name)
-        held = self.needed(before or 0)
-        more = self.needed((before or 0) + count) - held
-        call = self.blocks.allocate if before is None else self.blocks.extend
-        if more > self.blocks.num_free_blocks:
-            with pytest.raises(paged_kv.OutOfBlocksError):
-                call(name, count)
-        else:
-            assert len(call(name, count)) == more
-            self.tokens[name] = (before or 0) + count
-
-    @rule(name=st.integers(0, 3))
-    def free(self, name):
-        if name in self.tokens:
-            self.blocks.free(name)
-            del self.tokens[name]
-
-    @invariant()
-    def every_block_is_in_one_place(self):
-        held = [block for name in self.tokens for block in self.blocks.blocks(name)]
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(NUM_BLOCKS))
-        assert len(held) == sum(map(self.needed, self.tokens.values()))
-        assert self.blocks.num_free_blocks == NUM_BLOCKS - len(held)
+# ---- sharing -------------------------------------------------------------------------------------
 
 
-TestAllocatorAgainstCounting = AllocatorAgainstCounting.TestCase
-TestAllocatorAgainstCounting.settings = settings(max_examples=50, stateful_step_count=20)
+def test_a_fork_costs_nothing_until_it_writes():
+    blocks = allocator()
+    row = blocks.allocate("a", 6)
+    assert blocks.fork("a", "b") == row
+    assert blocks.num_free_blocks == NUM_BLOCKS - 2 and pending(blocks) == ([], [])
+    assert blocks.extend("b", 1) == []
+    first, second = blocks.blocks("b")
+    assert first == row[0] and second not in row
+    assert pending(blocks) == ([(row[1], second)], [])
+    blocks.extend("a", 1)  # the block is its own by now
+    assert blocks.blocks("a") == row and pending(blocks) == ([], [])
+
+
+def test_a_fork_of_full_blocks_copies_nothing():
+    blocks = allocator()
+    row = blocks.allocate("a", 8)
+    blocks.fork("a", "b")
+    added = blocks.extend("b", 1)
+    assert blocks.blocks("b") == row + added and pending(blocks) == ([], [])
+
+
+def test_a_shared_block_is_free_after_its_last_holder():
+    blocks = allocator()
+    blocks.allocate("a", 8)
+    for name in ("b", "c"):
+        blocks.fork("a", name)
+    for name, free in (("b", 8), ("a", 8), ("c", 10)):
+        blocks.free(name)
+        assert blocks.num_free_blocks == free
+
+
+def test_a_copy_of_a_copy_is_made_from_what_is_there():
+    blocks = allocator()
+    (source,) = blocks.allocate("a", 2)
+    blocks.fork("a", "b")
+    blocks.extend("b", 1)
+    blocks.truncate("b", 2)
+    blocks.fork("b", "c")
+    blocks.extend("c", 1)
+    copies, _ = pending(blocks)
+    assert dict(map(reversed, copies)) == {blocks.blocks(name)[0]: source for name in "bc"}
+
+
+def test_pending_lists_are_of_few_lengths():
+    blocks = allocator(scrub_on_reuse=True)
+    blocks.allocate("a", 20)
+    assert blocks.take_pending().scrub_ids.tolist()[5:] == [-1] * 3
+    assert all(ids.size == 0 for ids in blocks.take_pending())
+
+
+def test_scrubs_name_what_was_handed_out_and_will_not_be_overwritten():
+    blocks = allocator(scrub_on_reuse=True)
+    row = blocks.allocate("a", 6)
+    assert pending(blocks) == ([], row)
+    blocks.fork("a", "b")
+    added = blocks.extend("b", 3)
+    copies, scrubs = pending(blocks)
+    assert copies == [(row[1], blocks.blocks("b")[1])] and scrubs == added
+
+
+# ---- shorter -------------------------------------------------------------------------------------
+
+
+def test_truncate_gives_back_what_is_past_the_tokens():
+    blocks = allocator()
+    row = blocks.allocate("a", 20)
+    blocks.truncate("a", 9)
+    assert blocks.blocks("a") == row[:3] and blocks.num_tokens("a") == 9
+    assert blocks.extend("a", 3) == []
+
+
+def test_what_is_truncated_and_written_again_is_not_found():
+    blocks = allocator(enable_prefix_caching=True)
+    blocks.allocate("a", 8)
+    blocks.commit("a", range(8))
+    blocks.truncate("a", 7)
+    assert blocks.find_prefix(range(9)) == 8
+    blocks.extend("a", 1)
+    assert blocks.find_prefix(range(9)) == 4
+    assert blocks.commit("a", [0, 1, 2, 3, 4, 5, 6, 70]) == 8
+    assert blocks.find_prefix([0, 1, 2, 3, 4, 5, 6, 70, 0]) == 8
+    assert pending(blocks) == ([], [])
+
+
+@pytest.mark.parametrize(("window", "position", "given"), [
+    (8, None, 3), ((8, 0), None, 3), (9, None, 2), (8, 19, 2), (0, None, 5), (20, None, 0),
+    (3, 0, 0),
+])  # fmt: skip
+def test_a_window_gives_back_the_blocks_that_no_later_query_sees(window, position, given):
+    blocks = allocator()
+    row = blocks.allocate("a", 20)
+    assert blocks.trim_window("a", window, next_position=position) == given
+    assert blocks.blocks("a") == [-1] * given + row[given:]
+    assert blocks.num_free_blocks == 5 + given
+    blocks.free("a")
+    assert blocks.num_free_blocks == NUM_BLOCKS
+
+
+# ---- prefixes ------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_found_after_its_sequence_is_gone():
+    blocks = cached(range(10))
+    assert blocks.find_prefix(range(10)) == 8 == blocks.match_prefix("b", range(10))
+    assert blocks.extend("b", 2) != []
+    assert blocks.stats().hit_rate == 8 / 10
+
+
+def test_one_token_is_left_to_compute():
+    blocks = cached(range(8))
+    assert [blocks.find_prefix(range(count)) for count in (0, 4, 5, 8, 9)] == [0, 0, 4, 4, 8]
+
+
+def test_a_prefix_is_found_by_all_its_tokens():
+    blocks = cached(range(12))
+    assert blocks.find_prefix([9, *range(1, 12), 12]) == 0
+    assert blocks.find_prefix([*range(7), 9, 8, 9, 10, 11, 12]) == 4
+    assert blocks.find_prefix(range(4, 13)) == 0
+
+
+@pytest.mark.parametrize("convert", [list, tuple, np.array, lambda x: np.array(x, np.uint8)])
+def test_tokens_come_as_lists_or_arrays(convert):
+    assert cached(convert(range(8))).find_prefix(convert(range(9))) == 8
+
+
+def test_tenants_do_not_find_each_other():
+    blocks = allocator(enable_prefix_caching=True)
+    for number, salt in enumerate((None, "", "x", b"x")):
+        assert blocks.match_prefix(number, range(9), salt=salt) == (8 if salt == b"x" else 0)
+        blocks.extend(number, 8 - blocks.num_tokens(number))
+        blocks.commit(number, range(8))
+
+
+def test_without_caching_nothing_is_found():
+    blocks = allocator()
+    assert blocks.match_prefix("a", range(9)) == 0
+    blocks.extend("a", 9)
+    assert blocks.commit("a", range(9)) == 0
+    blocks.free("a")
+    assert blocks.find_prefix(range(9)) == 0
+
+
+def test_the_longest_unused_goes_first_and_the_ends_before_the_beginnings():
+    blocks = cached(range(16))
+    blocks.allocate("other", 16)
+    blocks.commit("other", range(100, 116))
+    blocks.free("other")
+    for count, first, other in ((12, 12, 16), (16, 8, 16), (28, 0, 12)):
+        blocks.allocate("new", count)
+        assert blocks.find_prefix(range(17)) == first
+        assert blocks.find_prefix(range(100, 117)) == other
+        blocks.free("new")
+    assert blocks.stats().evictions == 5
+
+
+def test_a_prefix_in_use_is_not_evicted():
+    blocks = cached(range(8))
+    blocks.match_prefix("user", range(9))
+    with pytest.raises(paged_kv.OutOfBlocksError, match="8 of 10 are free"):
+        blocks.allocate("new", 36)
+    assert blocks.find_prefix(range(9)) == 8
+
+
+def test_reset_forgets_prefixes_and_keeps_sequences():
+    blocks = cached(range(16))
+    blocks.match_prefix("user", range(9))
+    row = blocks.blocks("user")
+    blocks.reset_prefix_cache()
+    assert blocks.find_prefix(range(17)) == 0 and blocks.blocks("user") == row
+    assert blocks.stats().free == 8 and blocks.stats().cached == 0
+
+
+def test_nothing_is_remembered_of_prefixes_that_are_gone():
+    blocks = cached(range(40))
+    blocks.match_prefix("a", range(9), salt="tenant")
+    blocks.free("a")
+    blocks.find_prefix(range(9), salt="another")
+    blocks.reset_prefix_cache()
+    assert len(blocks._index) == 0
+
+
+def test_events_tell_what_can_be_found():
+    blocks = cached(range(8), record_events=True)
+    first, second = blocks.take_events()
+    assert isinstance(first, BlockStored) and isinstance(second, BlockStored)
+    assert second.parent_hash == first.block_hash
+    assert (first.tokens, second.tokens) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    blocks.allocate("all", 40)
+    assert blocks.take_events() == [
+        BlockRemoved(second.block_hash, second.block),
+        BlockRemoved(first.block_hash, first.block),
+    ]
+    again = cached(range(8), record_events=True).take_events()
+    assert again[1].block_hash == second.block_hash
+    salted = allocator(enable_prefix_caching=True, record_events=True)
+    salted.allocate("a", 4, salt="tenant")
+    salted.commit("a", range(4))
+    assert salted.take_events()[0].block_hash != first.block_hash
+
+
+# ---- the whole pool ------------------------------------------------------------------------------
+
+
+def test_sequences_that_grow_in_turns_get_runs():
+    blocks = allocator(num_blocks=1000)
+    for _, name in itertools.product(range(8), range(20)):
+        (blocks.extend if name in blocks else blocks.allocate)(name, BLOCK_SIZE)
+    for name in range(20):
+        assert (np.diff(blocks.blocks(name)) == 1).all()
+
+
+def test_a_prompt_gets_the_free_neighbours():
+    blocks = allocator(num_blocks=100)
+    for name in range(50):
+        blocks.allocate(name, 2 * BLOCK_SIZE)
+    for name in range(20, 40):
+        blocks.free(name)
+    assert (np.diff(blocks.allocate("long", 40 * BLOCK_SIZE)) == 1).sum() >= 30
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 300])
+def test_scattered_blocks_are_found_too(count):
+    blocks = allocator(num_blocks=2000)
+    for name in range(2000):
+        blocks.allocate(name, 1)
+    freed = [blocks.blocks(name)[0] for name in range(0, 2000, 5)]
+    for name in range(0, 2000, 5):
+        blocks.free(name)
+    for number in range(400 // count):
+        assert set(blocks.allocate(("new", number), count * BLOCK_SIZE)) <= set(freed)
+    blocks.check_invariants()
+    assert blocks.num_free_blocks == 400 % count
+
+
+def test_the_table_is_an_array_of_rows():
+    blocks = allocator()
+    rows = [blocks.allocate(name, tokens) for name, tokens in (("a", 9), ("b", 0), ("c", 4))]
+    table = blocks.block_table(["c", "gone", "a"], 4, allow_missing=True)
+    assert table.dtype == np.int32
+    assert table.tolist() == [rows[2] + [-1] * 3, [-1] * 4, [*rows[0], -1]]
+    assert blocks.block_table([], 4).shape == (0, 4)
+
+
+def test_stats_count_blocks_and_tokens():
+    blocks = cached(range(8))
+    blocks.match_prefix("a", range(6))
+    blocks.allocate("b", 8)
+    stats = blocks.stats()
+    assert (stats.num_blocks, stats.used, stats.cached, stats.free) == (10, 3, 1, 6)
+    assert (stats.sequences, stats.peak_used, stats.evictions) == (2, 3, 0)
+    assert (stats.usage, stats.prefix_queries, stats.prefix_hits) == (0.3, 6, 4)
+    assert allocator().stats().hit_rate == 0
+
+
+def test_defragment_brings_sequences_to_the_front():
+    blocks = allocator(num_blocks=12)
+    for name, count in (("a", 4), ("b", 4), ("c", 8), ("a", 8), ("d", 4), ("c", 4)):
+        (blocks.extend if name in blocks else blocks.allocate)(name, count)
+    blocks.free("b")
+    before = {name: blocks.blocks(name) for name in "acd"}
+    sources, targets = blocks.defragment()
+    assert [blocks.blocks(name) for name in "acd"] == [[0, 1, 2], [3, 4, 5], [6]]
+    new_id = dict(zip(sources.tolist(), targets.tolist(), strict=True))
+    for name, row in before.items():
+        assert [new_id.get(block, block) for block in row] == blocks.blocks(name)
+    assert all(ids.size == 0 for ids in blocks.defragment())
+    blocks.check_invariants()
+
+
+def test_threads_may_share_an_allocator():
+    blocks, errors = allocator(num_blocks=64, enable_prefix_caching=True), []
+
+    def work(thread):
+        try:
+            for number in range(300):
+                name = (thread, number)
+                found = blocks.match_prefix(name, range(20))
+                blocks.extend(name, 20 - found)
+                blocks.commit(name, range(20))
+                blocks.fork(name, (name, "fork"))
+                blocks.extend((name, "fork"), 3)
+                blocks.free(name)
+                blocks.free((name, "fork"))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    blocks.check_invariants()
+    assert blocks.num_free_blocks == 64

@@ -11,7 +11,7 @@ import pytest
 import paged_kv
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLE, MODEL = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MODEL, MEMORY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^python3 .*$", README, re.MULTILINE)
 
 
@@ -82,6 +82,22 @@ def test_the_model_example_decodes_like_dense_attention(example):
             out = jax.nn.dot_product_attention(q[:, None], keys, values)[:, 0]
             x = x + jnp.einsum("bhd,hdi->bi", out, w["o"])
         np.testing.assert_allclose(result, x, atol=2e-5, rtol=2e-5)
+
+
+def test_the_memory_example_shares_a_prefix(example):
+    names = {**example, "prompt": list(range(40))}
+    names["cache"] = paged_kv.reset_sequences(
+        jax.tree.map(jnp.copy, example["cache"]), jnp.ones(3, jnp.bool_)
+    )
+    names["cache"] = jax.tree.map(
+        lambda leaf: leaf[:2] if leaf.ndim < 3 else leaf, names["cache"]
+    )  # two rows
+    exec(compile(MEMORY, "README.md, third example", "exec"), names)
+    allocator = names["allocator"]
+    assert len(names["host"].keys) == 4 and "bob" not in allocator
+    assert allocator.blocks("ann") == [0, 1, 2]
+    assert allocator.match_prefix("cid", range(40), salt="tenant 1") == 32
+    assert allocator.match_prefix("dan", range(40), salt="tenant 2") == 0
 
 
 def test_each_command_sets_up_everything():
