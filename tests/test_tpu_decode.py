@@ -80,6 +80,13 @@ CASES = {
     "runs": ((256, 100, 192), (8, 1), {}, {"is_ordered": True}),
     "two_programs": ((5, 0, 0, 40, 17, 64, 1, 0, 0, 33, 80), (8, 2), {"QUERY_BYTES": 1}, {}),
     "filled_heads": ((70, 3), (6, 2), {}, {}),
+    # three chunks of a tile, sums pass through memory
+    "many_heads": (
+        (160, 17, 256),
+        (40, 8),
+        {"MAX_TILE_ROWS": 1024, "STEP_ROWS": 1024},
+        {},
+    ),
     "layers": ((70, 0, 33), (8, 4), {}, {"num_layers": 3}),
     "float32_query": ((70, 33), (8, 4), {}, {"options": {"query_dtype": "float32"}}),
     "window": (

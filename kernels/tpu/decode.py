@@ -222,7 +222,7 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
     if plan.appends:  # the pools as they are read and written
         views = [take(1) for _ in range(2)]
     keys, values, scores, weights, stats, slices = (take(SETS) for _ in range(6))
-    semaphores = take(3)
+    passed, semaphores = take(plan.num_passed), take(3)
     if plan.appends:
         units, is_written = take(2)
     streams = [
@@ -246,6 +246,9 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
         scores=scores,
         weights=weights,
         stats=stats,
+        passed=pipeline.Passed(
+            passed, jnp.minimum(work.num_rows, 0), jnp.minimum(work.num_steps, 0)
+        ),
         token=pipeline.lane_tokens(plan, problem.group),
     )
 
@@ -291,7 +294,7 @@ def _begin(step: Step) -> tuple[Any, ...]:
     copies.start_slices(0, copies.values, groups[1])
     copies.wait(copies.keys, groups[0], 0)
     step.new.put(KEYS, groups[0], copies.keys.buffers[0])
-    scores = ScoreStage(step, 0, groups[0], None)
+    scores = ScoreStage(step, 0, groups[0], are_full=False, filling=None)
     for u, first in plan.chunks:
         scores.chunk(u, first)
     step.new.wait(groups[0], [])

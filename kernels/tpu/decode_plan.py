@@ -22,6 +22,7 @@ MAX_TILE_ROWS = 8192  # (token, kv head) rows of a tile
 MAX_TILE_TOKENS = 4096
 STEP_ROWS = 8192  # rows of a step below which latencies show
 SMALL_STEP_ROWS = 4096  # the same where copies limit
+MANY_HEADS = 32  # query heads, more of which take too many registers
 MAX_ITEMS = 8  # of a step
 QUERY_BYTES = 2 << 20  # queries, and new tokens, of a program
 COMPILER_BYTES = 2 << 20  # left to the compiler
@@ -89,6 +90,16 @@ class DecodePlan:
         """(item, first row) of every product of a step."""
         rows = range(0, self.tile_rows, self.chunk_rows)
         return [(u, row) for u in range(self.items_per_step) for row in rows]
+
+    @property
+    def passes_sums(self) -> bool:
+        """Whether sums go from chunk to chunk through memory: many heads leave no registers."""
+        return self.num_heads > MANY_HEADS
+
+    @property
+    def num_passed(self) -> int:
+        """Arrays that a step's chunks pass on through memory."""
+        return 4 if self.passes_sums else 1
 
     @property
     def pad_rows(self) -> int:
@@ -175,7 +186,8 @@ def _most_blocks(block_rows: int, block_size: int, columns: int) -> int:
 
 def decode_scratch(plan: DecodePlan) -> list[Buffer]:
     """Scratch of the kernel, in order: SETS each of keys, values, scores, weights, states, tables,
-    then the semaphores of keys, values and tables; units on their way back, and a semaphore."""
+    what chunks pass on, then the semaphores of keys, values and tables; units on their way back,
+    and a semaphore."""
     heads, step_rows = plan.num_heads, plan.step_rows
     tile = Buffer("vmem", (step_rows + plan.pad_rows, plan.head_dim), "bfloat16")
     each = [
@@ -189,7 +201,8 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
     semaphores = [Buffer("semaphore", (SETS,))] * 3
     units = Buffer("vmem", (2 * plan.items_per_step * UNIT_ROWS, plan.head_dim), "bfloat16")
     new = [units, Buffer("semaphore", (1,))] if plan.appends else []
-    return [*(buffer for buffer in each for _ in range(SETS)), *semaphores, *new]
+    passed = [Buffer("vmem", (2, heads, LANES), "float32")] * plan.num_passed
+    return [*(buffer for buffer in each for _ in range(SETS)), *passed, *semaphores, *new]
 
 
 def decode_buffers(problem: Problem, plan: DecodePlan) -> list[Buffer]:

@@ -8,7 +8,8 @@ three steps later (keys) or one (values), so that no wait has nothing queued beh
 
 Two false dependencies hold the list scheduler back where it would be greedy.  Copies, which nothing
 seems to need, would come last: a product's left operand waits for them (`tied`).  Exponentials,
-which much needs, would come first, and spill: their maximum waits for scores two chunks earlier.
+which much needs, would come first, and spill: their maximum waits for scores two chunks earlier
+(`Passed`).
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +36,31 @@ ROWS = softmax.Rows(
 )
 
 
+class Passed(NamedTuple):
+    """Arrays in VMEM that pass from chunk to chunk of a step: MAXIMUM and, of many heads, sums.
+
+    Two zeros are part of the addresses, and the compiler cannot know that they are.  It has to keep
+    loads behind the stores that come before them, and what was stored leaves its registers.
+    """
+
+    refs: tuple[Any, ...]  # (2, num_heads, LANES), float32
+    stored: Any
+    loaded: Any
+
+    def put(self, which: int, value: Any) -> None:
+        self.refs[which][self.stored] = value
+
+    def get(self, which: int) -> Any:
+        return self.refs[which][self.loaded]
+
+    def wait(self, which: int, value: Any) -> None:
+        """What is got from now on is not loaded before `value`, a register, is there."""
+        self.refs[which][1 + self.stored, :8] = value
+
+
+MAXIMUM, LANE_MAXIMUM, WEIGHT, VALUE = range(4)  # what is passed
+
+
 def of_last_token(variant: Variant) -> Variant:
     """The variant as a query that is its sequence's last token sees it: no key is to its right."""
     window = None if variant.left is None else (variant.left, 0)
@@ -56,7 +82,19 @@ class Step:
     scores: tuple[Any, ...]  # (num_heads, step_rows), float32
     weights: tuple[Any, ...]  # (num_heads, step_rows), bfloat16
     stats: tuple[Any, ...]  # (items_per_step, STATS, num_heads, LANES)
+    passed: Passed
     token: Any  # (num_heads, LANES): of a lane's key, within its register; or FOREIGN
+
+    def pass_on(self, which: int, value: Any) -> Any:
+        """A chunk's sum for the next chunk, through memory if registers are few."""
+        if not self.plan.passes_sums:
+            return value
+        self.passed.put(which, value)
+        return None
+
+    def passed_on(self, which: int, value: Any) -> Any:
+        """What `pass_on` made of a sum, as a sum."""
+        return self.passed.get(which) if value is None else value
 
 
 def lane_tokens(plan: DecodePlan, group: int) -> Any:
@@ -81,11 +119,13 @@ class Groups(NamedTuple):
 class ScoreStage:
     """Masked scores of a group, and the maximum of each lane.
 
+    are_full: every token of the tiles is there.
     filling: a buffer whose copies have to start first, or None.
     """
 
-    def __init__(self, step: Step, slot: int, items: list[Item], filling: Any):
-        self.step, self.slot, self.items, self.filling = step, slot, items, filling
+    def __init__(self, step: Step, slot: int, items: list[Item], *, are_full: bool, filling: Any):
+        self.step, self.slot, self.items = step, slot, items
+        self.are_full, self.filling = are_full, filling
         self.top: Any = None
         self.seen: list[Any] = []
 
@@ -102,22 +142,25 @@ class ScoreStage:
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        top: Any = None if first == 0 else step.passed_on(LANE_MAXIMUM, self.top)
         for j in range(0, plan.chunk_rows, LANES):
             token = (first + j) // plan.num_kv_heads
             scores = self._masked(item.left, token, dots[:, j : j + LANES])
             step.scores[self.slot][:, pl.ds(at + j, LANES)] = scores
-            starts = first == 0 and j == 0
-            self.top = scores if starts else jnp.maximum(self.top, scores)
-        self.seen.append(self.top[:8])
+            top = scores if top is None else jnp.maximum(top, scores)
+        self.seen.append(top[:8])
         if first + plan.chunk_rows == plan.tile_rows:
-            step.stats[self.slot][u, LANE_TOP] = self.top
+            step.stats[self.slot][u, LANE_TOP] = top
+        else:
+            self.top = step.pass_on(LANE_MAXIMUM, top)
 
     def _masked(self, left: Any, token: int, dots: Any) -> Any:
         """Scores of a register; positions count from its first token."""
         step = self.step
-        stop = left - token
         slope = None if step.slopes is None else step.slopes[...]
         has_positions = slope is not None or step.variant.left is not None
+        # without positions, the other heads' keys are all that a full tile hides
+        stop = FOREIGN if self.are_full and not has_positions else left - token
         position = stop - 1 if has_positions else 0  # any that is not negative
         scores = step.variant.score(dots, position, step.token, slope, LOG2E)
         keep = step.variant.keep(position, step.token, stop)
@@ -142,19 +185,23 @@ class SoftmaxStage:
         step, plan, slot = self.step, self.step.plan, self.slot
         stats = step.stats[slot]
         if first == 0:
-            self.l = jnp.where(self.items[u].tile == 0, 0.0, self.l * stats[u, DECAY])
-        top = stats[u, TOP]
+            total = self.l if u == 0 else stats[u - 1, SUM]
+            total = jnp.where(self.items[u].tile == 0, 0.0, total * stats[u, DECAY])
+            step.passed.put(MAXIMUM, stats[u, TOP])
+        else:
+            total = step.passed_on(WEIGHT, self.l)
         if seen is not None:
-            # below every maximum, whatever it compares, NaN too
-            low = jnp.where(seen > 0, softmax.MASK, 2 * softmax.MASK)
-            top = jnp.maximum(top, jnp.concatenate([low] * (plan.num_heads // 8), axis=0))
+            step.passed.wait(MAXIMUM, seen)
+        top = step.passed.get(MAXIMUM)
         at = u * plan.tile_rows + first
         for j in range(at, at + plan.chunk_rows, LANES):
             weights = jnp.exp2(step.scores[slot][:, pl.ds(j, LANES)] - top)
-            self.l = self.l + weights
+            total = total + weights
             step.weights[slot][:, pl.ds(j, LANES)] = weights.astype(jnp.bfloat16)
         if first + plan.chunk_rows == plan.tile_rows:
-            stats[u, SUM] = self.l
+            stats[u, SUM] = total
+        else:
+            self.l = step.pass_on(WEIGHT, total)
 
 
 class ValueStage:
@@ -168,20 +215,24 @@ class ValueStage:
         step, plan, slot, item = self.step, self.step.plan, self.slot, self.items[u]
         values, stats = step.copies.values.buffers, step.stats[self.slot]
         if first == 0:
-            self.acc = jnp.where(item.tile == 0, 0.0, self.acc * stats[u, DECAY])
+            acc = self.acc if u == 0 else stats[u - 1, OUTPUT]
+            acc = jnp.where(item.tile == 0, 0.0, acc * stats[u, DECAY])
+        else:
+            acc = step.passed_on(VALUE, self.acc)
         at = u * plan.tile_rows + first
         weights = step.weights[slot][:, pl.ds(at, plan.chunk_rows)]
         if self.filling is not None:
-            late = tied(plan, weights[:, :LANES], self.filling)
-            weights = jnp.concatenate([late, weights[:, LANES:]], axis=1)
-        product = jnp.dot(
+            parts = [weights[:, i : i + LANES] for i in range(0, plan.chunk_rows, LANES)]
+            weights = jnp.concatenate([tied(plan, parts[0], self.filling), *parts[1:]], axis=1)
+        acc += jnp.dot(
             weights, values[slot][pl.ds(at, plan.chunk_rows)], preferred_element_type=jnp.float32
         )
-        self.acc = self.acc + product
-        if first + plan.chunk_rows == plan.tile_rows:
-            stats[u, OUTPUT] = self.acc
-            total = jnp.sum(stats[u, SUM], axis=-1, keepdims=True)
-            write(step, item, softmax.State(stats[u, TOP], total, self.acc))
+        if first + plan.chunk_rows < plan.tile_rows:
+            self.acc = step.pass_on(VALUE, acc)
+            return
+        stats[u, OUTPUT] = acc
+        total = jnp.sum(stats[u, SUM], axis=-1, keepdims=True)
+        write(step, item, softmax.State(stats[u, TOP], total, acc))
 
 
 def write(step: Step, item: Item, state: softmax.State) -> None:
@@ -217,7 +268,7 @@ def run(step: Step, slot: int, way: str, groups: Groups) -> None:
     weigh = SoftmaxStage(step, slot, groups.this)
     fillings = copies.keys.buffers[slot], copies.values.buffers[ahead]
     fillings = fillings if is_tied else (None, None)
-    score = ScoreStage(step, ahead, groups.next, fillings[0])
+    score = ScoreStage(step, ahead, groups.next, are_full=is_tied, filling=fillings[0])
     take = ValueStage(step, behind, groups.before, fillings[1])
     for i, (u, first) in enumerate(chunks):
         score.chunk(u, first)
@@ -225,7 +276,7 @@ def run(step: Step, slot: int, way: str, groups: Groups) -> None:
         if i == 0:
             copies.start_slices(ahead, copies.keys, groups.fourth)
             copies.start_slices(ahead, copies.values, groups.second)
-        weigh.chunk(u, first, score.seen[i - 2] if is_tied and i >= 2 else None)
+        weigh.chunk(u, first, score.seen[i - 2] if i >= 2 else None)
         take.chunk(u, first)
         values.after(i)
 
@@ -275,7 +326,8 @@ def _once_cut(step: Step, items: list[Item]) -> None:
 
 
 def _score_and_weigh(step: Step, items: list[Item], values: Paced | None) -> None:
-    score = ScoreStage(step, 0, items, values and step.copies.values.buffers[0])
+    filling = None if values is None else step.copies.values.buffers[0]
+    score = ScoreStage(step, 0, items, are_full=values is not None, filling=filling)
     for i, chunk in enumerate(step.plan.chunks):
         score.chunk(*chunk)
         if values is not None:
