@@ -154,17 +154,27 @@ def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_token
 
 
 @pytest.mark.parametrize(
-    "num_kv_heads, num_tokens, kernel",
-    [(8, None, "paged_decode"), (8, 384, "paged_prefill"), (6, None, "paged_attention")],
+    "heads, num_tokens, kernel",
+    [
+        ((8, 64), None, "paged_decode"),
+        ((8, 64), 384, "paged_prefill"),
+        ((3, 64), None, "paged_attention"),
+        ((8, 80), None, "paged_attention"),
+        ((8, 96), None, "paged_attention"),
+        ((4, 192), 384, "paged_attention"),
+    ],
 )
-def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(num_kv_heads, num_tokens, kernel):
-    """At head_dim 64 pools take the bytes of their tokens, and a step next to nothing besides."""
-    sizes = dataclasses.replace(SIZES, head_dim=64, num_kv_heads=num_kv_heads, packed=True)
+def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(heads, num_tokens, kernel):
+    """Pools take the bytes of their tokens, and a step next to nothing besides."""
+    num_kv_heads, head_dim = heads
+    sizes = dataclasses.replace(
+        SIZES, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=32, packed=True
+    )
     compiled = steps.compile_donated(sizes, num_tokens, aot_tpu.sharding("v6e"))
     assert aot_tpu.kernels_of(compiled) == {kernel, "paged_append"}
     hlo.assert_updated_in_place(compiled, sizes.layer_elements)
     memory, pools = compiled.memory_analysis(), 2 * 2 * sizes.num_layers * sizes.layer_elements
-    assert pools < memory.alias_size_in_bytes <= memory.argument_size_in_bytes < pools + (1 << 20)
+    assert pools < memory.alias_size_in_bytes <= memory.argument_size_in_bytes < pools + (4 << 20)
     assert memory.temp_size_in_bytes < 4 << 20
 
 

@@ -104,8 +104,22 @@ def test_rows_name_the_token_and_head_that_lie_there(num_heads, head_dim):
     row = jnp.arange(rows.count, dtype=jnp.int32)
     expected = pool[1, 2][rows.token(row), rows.head(row)]
     np.testing.assert_array_equal(view[1, 2], expected)
-    np.testing.assert_array_equal(blocks.from_rows(view, rows), pool)
+    np.testing.assert_array_equal(blocks.from_rows(view, rows, shape), pool)
     assert rows.is_head_major == (head_dim == 128 and num_heads in (3, 5, 12))
+
+
+@pytest.mark.parametrize("heads", [(8, 64), (3, 64), (8, 80), (1, 80), (4, 96), (1, 192), (2, 256)])
+def test_packed_rows_name_the_token_of_every_value(heads):
+    cache = CacheShape(1, 2, 32, *heads, "float32", 1, 4, has_packed_pools=True)
+    rows = BlockRows.of(cache)
+    token = jnp.arange(32, dtype=jnp.int32)[None, None, :, None, None]
+    view = blocks.as_rows(jnp.broadcast_to(token, cache.pool_shape), rows)[0, 1]
+    assert view.shape == (32 * heads[0] * heads[1] // 128, 128)
+    row = jnp.broadcast_to(jnp.arange(rows.count, dtype=jnp.int32)[:, None], view.shape)
+    np.testing.assert_array_equal(rows.token_of_values(row), view)
+    np.testing.assert_array_equal(
+        rows.token(row[:, 0]), view[:, 0] // rows.group_tokens * rows.group_tokens
+    )
 
 
 def test_parts_of_a_block_are_whole_tokens_or_heads():

@@ -12,15 +12,13 @@ from .plan import HEAD_DIMS, SMEM_BYTES, VMEM_BYTES, BlockRows, no_whole_registe
 
 def unsupported(problem: AppendProblem) -> str | None:
     """Why the kernels cannot run the problem, with the way out; None if one can."""
-    if reason := packed.unsupported(problem.cache):
-        return f'{reason}, or implementation="xla"'
-    problem = packed.by_rows(problem)
+    problem = packed.append_by_rows(problem)
     cache, way_out = problem.cache, 'implementation="xla", which writes in place too'
     if cache.dtype not in ("bfloat16", "float32"):
         return (
             f"a TPU kernel takes no {cache.dtype} pool; use bfloat16 or float32 pools, or {way_out}"
         )
-    if cache.head_dim not in HEAD_DIMS:
+    if not cache.has_packed_pools and cache.head_dim not in HEAD_DIMS:
         return f"head_dim={cache.head_dim} is none of {HEAD_DIMS}; use {way_out}"
     if plans.plan_runs(problem) is not None:
         return None
@@ -57,7 +55,7 @@ def append(
     """Both pools with the new tokens written; `keys` and `values` are in the pools' dtype."""
     where = (block_table, seq_lengths, query_start_loc, layer)
     arrays = (keys, values, key_pool, value_pool, *where)
-    if packed.heads_per_row(problem.cache) > 1:
+    if packed.append_by_rows(problem) != problem:
         return packed.append(append, problem, *arrays, interpret=interpret)
     runs = plans.plan_runs(problem)
     if runs is not None:

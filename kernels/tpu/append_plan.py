@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.problem import AppendProblem, CacheShape
-from .plan import SMEM_BYTES, VMEM_BYTES, BlockRows, Buffer, vmem_bytes
+from .plan import (
+    LANES,
+    SMEM_BYTES,
+    VMEM_BYTES,
+    BlockRows,
+    Buffer,
+    fills_memory_tiles,
+    vmem_bytes,
+)
 
 AHEAD = 32  # runs whose copies are under way at once
 WORDS_PER_ITEM = 4  # a run or a unit in SMEM
@@ -33,7 +41,8 @@ def fills_tiles(cache: CacheShape) -> bool:
     """Whether the heads of a token fill whole tiles of its memory, with no other token in them."""
     rows = BlockRows.of(cache)
     packing = 4 // np.dtype(cache.dtype).itemsize
-    return not rows.is_head_major and cache.head_dim % 128 == 0 and rows.num_heads % packing == 0
+    is_whole = fills_memory_tiles(rows.num_heads) and rows.num_heads % packing == 0
+    return is_whole and cache.head_dim % LANES == 0 and rows.group_tokens == 1
 
 
 def num_items(problem: AppendProblem, tokens_per_item: int) -> int:
@@ -80,5 +89,5 @@ def plan_units(problem: AppendProblem) -> UnitsPlan | None:
 
 def units_buffers(problem: AppendProblem, plan: UnitsPlan) -> list[Buffer]:
     """Old, new and blended keys and values, two of each, and their bits."""
-    tiles = (16, plan.unit.count, problem.cache.head_dim)
+    tiles = (16, plan.unit.count, plan.unit.width)
     return [Buffer("vmem", tiles, problem.cache.dtype)]

@@ -40,12 +40,12 @@ def append(
     pools = [_as_runs(pool, plan) for pool in (key_pool, value_pool)]
     scalars = (units.block, units.unit, units.start, units.stop, layer.reshape(1))
     pools = _make_call(problem, plan, pools[0], interpret)(*scalars, *new, *pools)
-    pools = [pool.reshape(*pool.shape[:2], plan.rows.count, pool.shape[-1]) for pool in pools]
-    return from_rows(pools[0], plan.rows), from_rows(pools[1], plan.rows)
+    shape = problem.cache.pool_shape
+    return from_rows(pools[0], plan.rows, shape), from_rows(pools[1], plan.rows, shape)
 
 
 def _as_runs(pool: Array, plan: UnitsPlan) -> Array:
-    """(layers, blocks, runs, rows of a run, head_dim)."""
+    """(layers, blocks, runs, rows of a run, width)."""
     rows = as_rows(pool, plan.rows)
     return rows.reshape(*rows.shape[:2], plan.num_runs, -1, rows.shape[-1])
 
@@ -75,16 +75,16 @@ def _find_units(problem: AppendProblem, plan: UnitsPlan, *where: Array) -> _Unit
 
 
 def _gather(tokens: Array, first_token: Array, plan: UnitsPlan) -> Array:
-    """New tokens as units: (num_units, runs, rows of a run, head_dim)."""
+    """New tokens as units: (num_units, runs, rows of a run, width)."""
     token = first_token[:, None] + jnp.arange(plan.unit.block_size, dtype=jnp.int32)[None, :]
     unit = tokens[jnp.clip(token, 0, tokens.shape[0] - 1)]
     if plan.rows.is_head_major:
         unit = unit.swapaxes(1, 2)
-    return unit.reshape(plan.num_units, *plan.unit_shape, tokens.shape[-1])
+    return unit.reshape(plan.num_units, *plan.unit_shape, plan.unit.width)
 
 
 def _make_call(problem: AppendProblem, plan: UnitsPlan, pool: Array, interpret: Any) -> Any:
-    tile = (*plan.unit_shape, problem.cache.head_dim)
+    tile = (*plan.unit_shape, plan.unit.width)
     new = pl.BlockSpec((None, *tile), lambda i, *_: (i, 0, 0, 0))
     old = pl.BlockSpec(
         (None, None, *tile),
@@ -130,7 +130,7 @@ def _rows(ref: Any) -> Any:
 
 def _new_bits(plan: UnitsPlan, tile: Any, start: Any, stop: Any) -> Any:
     def is_new(row: Any) -> Any:
-        token = plan.unit.token(row)
+        token = plan.unit.token_of_values(row)
         return (token >= start) & (token < stop)
 
     return row_bits(tile.shape, 4 // tile.dtype.itemsize, is_new)

@@ -42,11 +42,9 @@ ROWS = softmax.Rows(
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernel cannot run the problem, with the way out; None if it can."""
-    if reason := packed.unsupported(problem.cache):
-        return f'{reason}, or implementation="xla"'
     problem = packed.by_rows(problem)
     cache, way_out = problem.cache, 'use implementation="xla"'
-    if cache.head_dim not in plans.HEAD_DIMS:
+    if not cache.has_packed_pools and cache.head_dim not in plans.HEAD_DIMS:
         return f"head_dim={cache.head_dim} is none of {plans.HEAD_DIMS}; {way_out}"
     if cache.dtype not in plans.DTYPES:
         return f"pools of {cache.dtype} are none of {', '.join(plans.DTYPES)}; {way_out}"
@@ -90,8 +88,25 @@ def attend(
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries over pools with a leading layer axis."""
     arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-    if packed.heads_per_row(problem.cache) > 1:
-        return packed.attend(attend, problem, *arrays, interpret=interpret)
+    if packed.are_apart(problem.cache):
+        return packed.attend(_attend_rows, problem, *arrays, interpret=interpret)
+    return _attend_rows(problem, *arrays, interpret=interpret)
+
+
+def _attend_rows(
+    problem: Problem,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """The kernel for the problem; a row of the query is as wide as the rows its head lies in."""
+    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
     decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
     if decode_plan is not None:
         return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
@@ -99,7 +114,7 @@ def attend(
         return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
     plan = plans.plan_attention(problem)
     assert plan is not None, "unsupported() comes first"
-    num_heads, head_dim = query.shape[1:]
+    num_heads, width = query.shape[1:]
     tokens, rows = plan.tile_tokens, plan.tile_tokens * num_heads
     pad = (0, plan.query_rows - rows)
     tiles = tile_queries(
@@ -107,7 +122,7 @@ def attend(
     )
     q = query.astype(problem.cache.dtype).astype(plans.product_dtype(problem.cache.dtype))
     q = gather_tiles(q, tiles, tokens, problem.is_packed)
-    q = jnp.pad(q.reshape(-1, rows, head_dim), ((0, 0), pad, (0, 0)))
+    q = jnp.pad(q.reshape(-1, rows, width), ((0, 0), pad, (0, 0)))
     scalars = (tiles.sequence, tiles.first_position, tiles.kv_start, tiles.kv_stop)
     arrays = [q]
     if alibi_slopes is not None:
@@ -121,7 +136,7 @@ def attend(
     pools = (as_rows(pool, plan.rows) for pool in (key_pool, value_pool))
     call = _make_call(problem, plan, query, interpret)
     out, lse = call(*scalars, layer, *arrays, table, *pools)
-    out = out[:, :rows].reshape(-1, tokens, num_heads, head_dim).astype(query.dtype)
+    out = out[:, :rows].reshape(-1, tokens, num_heads, width).astype(query.dtype)
     lse = lse[:, 0, :rows].reshape(-1, tokens, num_heads)
     return untile(schedule, out, lse, num_tokens=problem.num_tokens)
 
@@ -132,7 +147,7 @@ def _layer_bits(pool: Array, layer: Array) -> Array:
 
 
 def _make_call(problem: Problem, plan: AttentionPlan, query: Array, interpret: Any) -> Any:
-    head_dim, n = problem.cache.head_dim, plan.num_query_tiles
+    width, n = plan.query_width, plan.num_query_tiles
     tile = lambda *shape: pl.BlockSpec((None, *shape), lambda i, *_: (i, 0, 0))
     shared = lambda *shape: pl.BlockSpec(shape, lambda i, *_: (0,) * len(shape))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -145,12 +160,12 @@ def _make_call(problem: Problem, plan: AttentionPlan, query: Array, interpret: A
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(n,),
-            in_specs=[tile(plan.query_rows, head_dim), *slopes, hbm, hbm, hbm],
-            out_specs=[tile(plan.query_rows, head_dim), tile(1, lse_rows)],
+            in_specs=[tile(plan.query_rows, width), *slopes, hbm, hbm, hbm],
+            out_specs=[tile(plan.query_rows, width), tile(1, lse_rows)],
             scratch_shapes=allocate(plans.attention_scratch(problem, plan)),
         ),
         out_shape=[
-            result((n, plan.query_rows, head_dim), jnp.dtype(out_dtype), query),
+            result((n, plan.query_rows, width), jnp.dtype(out_dtype), query),
             result((n, 1, lse_rows), jnp.float32, query),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), **COMPILER_PARAMS),
@@ -166,7 +181,8 @@ class _Tile(NamedTuple):
     """What is known of a program's query rows, (rows, 1) each, and of its keys."""
 
     position: Any
-    kv_head: Any
+    kv_head: Any  # as `BlockRows.head` counts
+    token: Any  # of the tokens that share rows, whose head it is; None: no rows are shared
     slope: Any
     kv_start: Any
     kv_stop: Any
@@ -193,9 +209,10 @@ def _kernel(problem: Problem, plan: AttentionPlan, *refs: Any) -> None:
         tuple(semaphores),
     )
     row = lax.broadcasted_iota(jnp.int32, (plan.query_rows, 1), 0)
+    query_head = lax.rem(row, problem.num_query_heads)
     tile = _Tile(
         first_position[i] + lax.div(row, problem.num_query_heads),
-        lax.div(lax.rem(row, problem.num_query_heads), problem.group),
+        *packed.row_and_token(problem, plan.rows, query_head),
         None if slopes is None else slopes[...],
         start,
         stop,
@@ -250,42 +267,64 @@ def _step(
     first = copies.block(t) * rows.block_size
     keys, values = (buffer.at[slot] for buffer in copies.buffers)
     head, token = _head_and_token(plan, copies.part(t), (1, plan.tile_rows), 1)
-    key_position = first + token
+    key_position = first + token if tile.token is None else first + token + tile.token
     variant, unit = problem.variant, LOG2E
-    dots = _product(problem, query, _load(problem, keys), 1)
-    scores = variant.score(dots, tile.position, key_position, tile.slope, unit)
-    # no key past kv_stop is seen, and rows past the tile's tokens must not look there either
-    keep = variant.keep(tile.position, key_position, tile.kv_stop) & (head == tile.kv_head)
-    scores = jnp.where(keep, scores, softmax.MASK)
-
     is_partial = (first < tile.kv_start) | (
         first + plan.blocks_per_tile * rows.block_size > tile.kv_stop
     )
 
     @pl.when(is_partial)
     def _() -> None:
-        _clear(plan, copies.part(t), values, tile.kv_start - first, tile.kv_stop - first)
+        # a product may cross into the next token's row, or a row hold two: zero times its keys
+        is_token_alone = plan.head_rows == rows.group_tokens == 1
+        for ref in (values,) if is_token_alone else (keys, values):
+            _clear(plan, copies.part(t), ref, tile.kv_start - first, tile.kv_stop - first)
 
-    weigh = lambda weights: _product(problem, weights, _load(problem, values), 0)
+    dots = _dots(problem, plan, query, _load(problem, keys))
+    scores = variant.score(dots, tile.position, key_position, tile.slope, unit)
+    # no key past kv_stop is seen, and rows past the tile's tokens must not look there either
+    keep = variant.keep(tile.position, key_position, tile.kv_stop) & (head == tile.kv_head)
+    scores = jnp.where(keep, scores, softmax.MASK)
+    weigh = lambda weights: _weighted(problem, plan, weights, _load(problem, values))
     return softmax.step(ROWS, state, scores, weigh)
+
+
+def _dots(problem: Problem, plan: AttentionPlan, query: Any, keys: Any) -> Any:
+    """Products of query rows with key rows; of a head's rows, the sum stands at the first."""
+    width = plan.rows.width
+    dots = _product(problem, query[:, :width], keys, 1)
+    for i in range(1, plan.head_rows):
+        part = _product(problem, query[:, i * width : (i + 1) * width], keys, 1)
+        dots += pltpu.roll(part, plan.tile_rows - i, 1)
+    return dots
+
+
+def _weighted(problem: Problem, plan: AttentionPlan, weights: Any, values: Any) -> Any:
+    """Weighted sums of each of a head's rows, side by side; weights stand at the first."""
+    parts = [_product(problem, weights, values, 0)]
+    for i in range(1, plan.head_rows):
+        parts.append(_product(problem, pltpu.roll(weights, i, 1), values, 0))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _head_and_token(plan: AttentionPlan, part: Any, shape: tuple[int, int], axis: int) -> tuple:
     """kv head of each row of a tile, and its token counted from the tile's first block."""
-    return _locate(plan, part, lax.broadcasted_iota(jnp.int32, shape, axis))
+    block, row = _locate(plan, part, lax.broadcasted_iota(jnp.int32, shape, axis))
+    return plan.rows.head(row), block * plan.rows.block_size + plan.rows.token(row)
 
 
 def _locate(plan: AttentionPlan, part: Any, row: Any) -> tuple[Any, Any]:
-    rows = plan.rows
-    block, row = lax.div(row, rows.count), lax.rem(row, rows.count) + part * plan.copy_rows
-    return rows.head(row), block * rows.block_size + rows.token(row)
+    """Block of a row of a tile, and the row within the block."""
+    count = plan.rows.count
+    return lax.div(row, count), lax.rem(row, count) + part * plan.copy_rows
 
 
 def _clear(plan: AttentionPlan, part: Any, values: Any, start: Any, stop: Any) -> None:
     """Zeros the values of tokens outside [start, stop): no weight makes NaN harmless."""
 
     def keep(row: Any) -> Any:
-        _, token = _locate(plan, part, row)
+        block, row = _locate(plan, part, row)
+        token = block * plan.rows.block_size + plan.rows.token_of_values(row)
         return (token >= start) & (token < stop)
 
     value = values[...]

@@ -34,20 +34,18 @@ def allocate(buffers: list[Buffer]) -> list[Any]:
 
 
 def as_rows(pool: Array, rows: BlockRows) -> Array:
-    """(layers, blocks, block_size, heads, head_dim) to (layers, blocks, rows, head_dim)."""
-    layers, blocks, *_, head_dim = pool.shape
+    """(layers, blocks, block_size, heads, head_dim) to (layers, blocks, rows, width)."""
     if rows.is_head_major:
         pool = pool.swapaxes(2, 3)
-    return pool.reshape(layers, blocks, rows.count, head_dim)
+    return pool.reshape(*pool.shape[:2], rows.count, rows.width)
 
 
-def from_rows(pool: Array, rows: BlockRows) -> Array:
-    """The inverse of `as_rows`."""
-    layers, blocks, _, head_dim = pool.shape
-    token_head = (rows.block_size, rows.num_heads)
+def from_rows(pool: Array, rows: BlockRows, shape: tuple[int, ...]) -> Array:
+    """The inverse of `as_rows`: the pool in its own shape."""
+    layers, blocks, block_size, heads, head_dim = shape
     if rows.is_head_major:
-        return pool.reshape(layers, blocks, *token_head[::-1], head_dim).swapaxes(2, 3)
-    return pool.reshape(layers, blocks, *token_head, head_dim)
+        return pool.reshape(layers, blocks, heads, block_size, head_dim).swapaxes(2, 3)
+    return pool.reshape(shape)
 
 
 def table_windows(block_table: Array, num_blocks: int) -> Array:

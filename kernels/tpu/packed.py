@@ -1,86 +1,146 @@
-"""Packed pools on TPU: what a row of 128 lanes holds, and the attention over such rows.
+"""Packed pools on TPU: blocks as rows of 128 values, wherever in a row a kv head begins.
 
-Where head_dim divides 128, a row holds `heads_per_row` kv heads of one token, side by side.  That
-is one kv head of width 128 to which every query head of those heads belongs: with the query in its
-kv head's lanes and zeros in the others, its dot product with the row is that with its own head, and
-of the weighted sum of rows it takes its own lanes.  The kernels for head_dim 128 do the rest.
+A query row is laid out as the rows that its kv head lies in, zeros around it: then its product with
+those rows is that with its head, and of their weighted sum it takes its own part.
+
+- Where head_dim divides 128 and the heads of a token fill whole rows, a row is a kv head of width
+  128 to which the query heads of all its heads belong, and every kernel for head_dim 128 will do.
+- Else a head may lie across two rows, whose scores are added, and rows may hold heads of several
+  tokens: then a query head comes once for each of these tokens, and its results are merged.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from ..core.layout import LANES
+from ..core.merge import merge_states
 from ..core.problem import AppendProblem, CacheShape, Problem
-
-P = TypeVar("P", Problem, AppendProblem)
-
-
-def heads_per_row(cache: CacheShape) -> int:
-    """kv heads of one token side by side in a row; 1 where rows and heads are one."""
-    return LANES // cache.head_dim if cache.has_packed_pools else 1
+from .plan import BlockRows, rows_per_head
 
 
-def unsupported(cache: CacheShape) -> str | None:
-    """Why rows are not whole kv heads of one token, for an error; None if they are."""
-    if not cache.has_packed_pools:
-        return None
-    if LANES % cache.head_dim == 0 and cache.num_kv_heads % heads_per_row(cache) == 0:
-        return None
-    return (
-        f"packed rows of {LANES} values are not whole heads of one token at "
-        f"num_kv_heads={cache.num_kv_heads}, head_dim={cache.head_dim}; use an unpacked cache"
-    )
+def are_apart(cache: CacheShape) -> bool:
+    """Whether rows of packed pools are something else than kv heads."""
+    return cache.has_packed_pools and cache.head_dim != LANES
 
 
-def by_rows(problem: P) -> P:
-    """The same problem with rows for kv heads, where a row holds several."""
+def by_rows(problem: Problem) -> Problem:
+    """The problem that a kernel is given: rows for kv heads, or a query head per token of a row."""
     cache = problem.cache
-    if heads_per_row(cache) == 1:
+    if not are_apart(cache):
         return problem
-    heads = cache.num_kv_heads // heads_per_row(cache)
-    return replace(problem, cache=replace(cache, num_kv_heads=heads, head_dim=LANES))
+    rows = BlockRows.of(cache)
+    if rows.group_tokens == rows_per_head(cache) == 1:
+        return replace(problem, cache=replace(cache, num_kv_heads=rows.num_heads, head_dim=LANES))
+    if rows.group_tokens == 1:
+        return problem
+    heads = problem.num_query_heads * rows.group_tokens
+    return replace(problem, num_query_heads=heads, query_dtype="float32")
 
 
 def attend(
     attend_rows: Callable[..., tuple[Array, Array]],
     problem: Problem,
     query: Array,
-    *arrays: Any,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Any,
+    alibi_slopes: Array | None,
+    layer: Array,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """(out, lse) of the problem by `attend_rows`, an `attend` of head_dim 128."""
-    n, (key_pool, value_pool, *others) = heads_per_row(problem.cache), arrays
-    rows = by_rows(problem)
+    """(out, lse) of the problem by `attend_rows`, which takes it `by_rows`."""
+    cache, rows, dtype = problem.cache, by_rows(problem), query.dtype
+    tokens = BlockRows.of(cache).group_tokens
+    if tokens > 1:
+        query = jnp.repeat(query.astype(jnp.float32), tokens, axis=1)
+        alibi_slopes = None if alibi_slopes is None else jnp.repeat(alibi_slopes, tokens)
     pools = (pool.reshape(rows.cache.pool_shape) for pool in (key_pool, value_pool))
-    is_own = _own_lanes(problem)
-    query = jnp.where(is_own, query[:, :, None], 0).reshape(*query.shape[:2], LANES)
-    out, lse = attend_rows(rows, query, *pools, *others, **options)
-    out = jnp.where(is_own, out.reshape(*out.shape[:2], n, -1), 0).sum(2, dtype=out.dtype)
-    return out, lse
+    first = _first_values(problem, tokens)
+    query = _spread(query, first, rows_per_head(cache) * LANES)
+    arrays = (query, *pools, block_table, schedule, alibi_slopes, layer)
+    out, lse = attend_rows(rows, *arrays, **options)
+    out = _own(out, first, cache.head_dim)
+    if tokens > 1:
+        out = out.reshape(problem.num_tokens, problem.num_query_heads, tokens, -1)
+        lse = lse.reshape(problem.num_tokens, problem.num_query_heads, tokens)
+        merge = lambda a, b: merge_states(*a, *b)
+        out, lse = reduce(merge, [(out[:, :, i], lse[:, :, i]) for i in range(tokens)])
+    return out.astype(dtype), lse
+
+
+def append_by_rows(problem: AppendProblem) -> AppendProblem:
+    """The append that a kernel is given: rows for kv heads, if a token fills whole rows."""
+    cache, rows = problem.cache, BlockRows.of(problem.cache)
+    if not are_apart(cache) or rows.group_tokens > 1:
+        return problem
+    return replace(problem, cache=replace(cache, num_kv_heads=rows.num_heads, head_dim=LANES))
 
 
 def append(
     append_rows: Callable[..., tuple[Array, Array]],
     problem: AppendProblem,
-    *arrays: Array,
+    keys: Array,
+    values: Array,
+    key_pool: Array,
+    value_pool: Array,
+    *where: Array,
     **options: Any,
 ) -> tuple[Array, Array]:
-    """Both pools with the new tokens written by `append_rows`, an `append` of head_dim 128."""
-    rows = by_rows(problem)
-    new = (x.reshape(problem.num_tokens, -1, LANES) for x in arrays[:2])
-    pools = (pool.reshape(rows.cache.pool_shape) for pool in arrays[2:4])
-    written = append_rows(rows, *new, *pools, *arrays[4:], **options)
-    return written[0].reshape(problem.cache.pool_shape), written[1].reshape(
-        problem.cache.pool_shape
-    )
+    """Both pools with the new tokens written by `append_rows`, which takes it `append_by_rows`."""
+    rows, shape = append_by_rows(problem), problem.cache.pool_shape
+    new = (x.reshape(problem.num_tokens, -1, LANES) for x in (keys, values))
+    pools = (pool.reshape(rows.cache.pool_shape) for pool in (key_pool, value_pool))
+    key_pool, value_pool = append_rows(rows, *new, *pools, *where, **options)
+    return key_pool.reshape(shape), value_pool.reshape(shape)
 
 
-def _own_lanes(problem: Problem) -> Array:
-    """bool (1, num_query_heads, heads_per_row, 1): the part of a row that is a query head's own."""
-    n = heads_per_row(problem.cache)
-    kv_head = jnp.arange(problem.num_query_heads) // problem.group
-    return (kv_head[:, None] % n == jnp.arange(n)[None])[None, ..., None]
+def row_and_token(problem: Problem, rows: BlockRows, query_head: Any) -> tuple[Any, Any]:
+    """Which row of a group its kv head begins in, and which token of the group it is for.
+
+    The token is None where groups are single tokens.  int32 arrays, of a problem `by_rows`.
+    """
+    cache = problem.cache
+    kv_head = lax.div(query_head, problem.group)
+    if not cache.has_packed_pools:
+        return kv_head, None
+    if rows.group_tokens == 1:
+        return lax.div(kv_head * cache.head_dim, LANES), None
+    token = lax.rem(query_head, rows.group_tokens)
+    head = token * cache.num_kv_heads + kv_head
+    return lax.div(head * cache.head_dim, LANES), token
+
+
+def _first_values(problem: Problem, tokens: int) -> list[int]:
+    """Where in its first row the kv head of each query head (of each token) begins."""
+    cache = problem.cache
+    return [
+        (token * cache.num_kv_heads + head // problem.group) * cache.head_dim % LANES
+        for head in range(problem.num_query_heads)
+        for token in range(tokens)
+    ]
+
+
+def _spread(query: Array, first: list[int], width: int) -> Array:
+    """(num_tokens, heads, head_dim) to (num_tokens, heads, width), zeros around it."""
+    head_dim = query.shape[2]
+    place = lambda start: jnp.pad(query, ((0, 0), (0, 0), (start, width - head_dim - start)))
+    return _by_first(first, place)
+
+
+def _own(out: Array, first: list[int], head_dim: int) -> Array:
+    """The inverse of `_spread`: the part of its rows that is a head's own."""
+    return _by_first(first, lambda start: out[:, :, start : start + head_dim])
+
+
+def _by_first(first: list[int], make: Callable[[int], Array]) -> Array:
+    """`make` of where a head begins, for each head."""
+    where, result = jnp.asarray(first)[None, :, None], make(first[0])
+    for start in sorted(set(first) - {first[0]}):
+        result = jnp.where(where == start, make(start), result)
+    return result

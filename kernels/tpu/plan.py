@@ -8,7 +8,7 @@ No Pallas import.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,34 +64,54 @@ def min_rows(dtype: Any) -> int:
     return 32 // np.dtype(dtype).itemsize
 
 
+def fills_memory_tiles(num_rows: int) -> bool:
+    """Whether XLA keeps arrays (..., num_rows, 128) without padding."""
+    return num_rows in (1, 2, 4) or num_rows % 8 == 0
+
+
 @dataclass(frozen=True)
 class BlockRows:
     """A block seen as a matrix: one row per (token, kv head).
 
     The order of the rows is that of the memory, so that the view costs nothing: XLA keeps a pool
-    token by token if a token's heads fill its memory tiles, else head by head.  Packed pools are
-    token by token always.
+    token by token if a token's heads fill its memory tiles, else head by head.
+
+    A packed block is one row per 128 values, wherever heads begin.  Its "heads" are then the rows
+    of a token, or of the fewest tokens that fill whole rows.
     """
 
     block_size: int
     num_heads: int
     is_head_major: bool
+    width: int = LANES  # values of a row
+    group_tokens: int = 1  # tokens that `num_heads` rows hold
 
     @classmethod
     def of(cls, cache: CacheShape) -> "BlockRows":
-        heads = cache.num_kv_heads
-        fills_tiles = heads in (1, 2, 4) or heads % 8 == 0
-        is_head_major = cache.head_dim % LANES == 0 and not (fills_tiles or cache.has_packed_pools)
-        return cls(cache.block_size, heads, is_head_major)
+        heads, head_dim = cache.num_kv_heads, cache.head_dim
+        if cache.has_packed_pools:
+            tokens = LANES // gcd(LANES, heads * head_dim)
+            return cls(cache.block_size, tokens * heads * head_dim // LANES, False, LANES, tokens)
+        is_head_major = head_dim % LANES == 0 and not fills_memory_tiles(heads)
+        return cls(cache.block_size, heads, is_head_major, head_dim)
 
     @property
     def count(self) -> int:
-        return self.block_size * self.num_heads
+        return self.block_size // self.group_tokens * self.num_heads
 
     def token(self, row: Any) -> Any:
-        """Token of a row (an int32 array), within its block."""
+        """Token of a row (an int32 array), within its block; the first if a group of tokens."""
         n = np.int32(self.block_size if self.is_head_major else self.num_heads)
-        return lax.rem(row, n) if self.is_head_major else lax.div(row, n)
+        token = lax.rem(row, n) if self.is_head_major else lax.div(row, n)
+        return token if self.group_tokens == 1 else token * np.int32(self.group_tokens)
+
+    def token_of_values(self, row: Any) -> Any:
+        """Token of each value of rows, within its block; `row` has the shape of the values."""
+        if self.group_tokens == 1:
+            return self.token(row)
+        token_values = np.int32(self.num_heads * self.width // self.group_tokens)
+        lane = lax.broadcasted_iota(np.int32, row.shape, 1)
+        return lax.div(row * np.int32(self.width) + lane, token_values)
 
     def head(self, row: Any) -> Any:
         n = np.int32(self.block_size if self.is_head_major else self.num_heads)
@@ -99,15 +119,15 @@ class BlockRows:
 
     def parts(self, dtype: Any) -> Iterator[int]:
         """Into how many equal runs of rows, of whole tokens or heads, a block can be cut."""
-        n = self.num_heads if self.is_head_major else self.block_size
+        n = self.num_heads if self.is_head_major else self.block_size // self.group_tokens
         for parts in range(1, n + 1):
             if n % parts == 0 and self.count // parts % min_rows(dtype) == 0:
                 yield parts
 
     def units(self, dtype: Any) -> Iterator["BlockRows"]:
         """The aligned groups of tokens that can be rewritten alone, smallest first."""
-        for tokens in range(1, self.block_size + 1):
-            run = tokens if self.is_head_major else tokens * self.num_heads
+        for tokens in range(self.group_tokens, self.block_size + 1, self.group_tokens):
+            run = tokens if self.is_head_major else tokens // self.group_tokens * self.num_heads
             if self.block_size % tokens == 0 and run % min_rows(dtype) == 0:
                 yield replace(self, block_size=tokens)
 
@@ -115,10 +135,21 @@ class BlockRows:
 def no_whole_register(cache: CacheShape) -> str:
     """Why blocks of this size cannot be copied into VMEM, for an error."""
     least = min_rows(cache.dtype)
+    step = least
+    if cache.has_packed_pools:
+        step = least * LANES // gcd(least * LANES, cache.num_kv_heads * cache.head_dim)
     return (
         f"block_size={cache.block_size} with num_kv_heads={cache.num_kv_heads} does not fill "
-        f"{cache.dtype} registers of {least} rows; use a block_size that is a multiple of {least}"
+        f"{cache.dtype} registers of {least} rows; use a block_size that is a multiple of {step}"
     )
+
+
+def rows_per_head(cache: CacheShape) -> int:
+    """Rows over which a kv head extends at most: more than one only in packed pools."""
+    if not cache.has_packed_pools:
+        return 1
+    firsts = range(0, LANES * cache.head_dim, cache.head_dim)
+    return max(-(-(first % LANES + cache.head_dim) // LANES) for first in firsts)
 
 
 @dataclass(frozen=True)
@@ -134,6 +165,12 @@ class AttentionPlan:
     query_rows: int  # their (token, query head) rows, filled up to whole registers
     blocks_per_tile: int
     tiles_per_block: int
+    head_rows: int = 1  # rows over which a kv head extends
+
+    @property
+    def query_width(self) -> int:
+        """Values of a row of queries, or of results."""
+        return self.head_rows * self.rows.width
 
     @property
     def copy_rows(self) -> int:
@@ -152,6 +189,8 @@ def plan_attention(problem: Problem) -> AttentionPlan | None:
         for plan in _key_tiles(problem, tile_tokens):
             scores = plan.query_rows * plan.tile_rows
             small = scores <= MAX_SCORES and plan.tile_rows <= MAX_TILE_ROWS
+            # scores of adjacent rows are added, by rotating whole registers
+            small &= plan.head_rows == 1 or plan.tile_rows % LANES == 0
             if small and vmem_bytes(attention_buffers(problem, plan)) <= VMEM_BYTES:
                 return plan
     return None
@@ -176,10 +215,13 @@ def _key_tiles(problem: Problem, tile_tokens: int) -> Iterator[AttentionPlan]:
     cache, rows = problem.cache, BlockRows.of(problem.cache)
     query_rows = round_up(tile_tokens * problem.num_query_heads, min_rows("bfloat16"))
     num_tiles = num_query_tiles(problem.num_tokens, cache.batch, tile_tokens, problem.is_packed)
-    make = lambda *cut: AttentionPlan(rows, tile_tokens, num_tiles, query_rows, *cut)
+    head_rows = rows_per_head(cache)
+    queries = (rows, tile_tokens, num_tiles, query_rows)
+    make = lambda blocks, parts: AttentionPlan(*queries, blocks, parts, head_rows)
     blocks = TABLE_WINDOW
+    fewest = 1 if head_rows == 1 else LANES // gcd(LANES, rows.count)
     while blocks > 1:
-        if blocks < 2 * cache.max_blocks_per_seq:
+        if blocks < 2 * max(cache.max_blocks_per_seq, fewest):
             yield make(blocks, 1)
         blocks //= 2
     for parts in rows.parts(cache.dtype):
@@ -188,7 +230,7 @@ def _key_tiles(problem: Problem, tile_tokens: int) -> Iterator[AttentionPlan]:
 
 def attention_scratch(problem: Problem, plan: AttentionPlan) -> list[Buffer]:
     """Scratch of the kernel, in order: keys, values, table windows, and a semaphore each."""
-    tile = (2, plan.tile_rows, problem.cache.head_dim)
+    tile = (2, plan.tile_rows, plan.rows.width)
     keys = Buffer("vmem", tile, stored_dtype(problem.cache.dtype))
     table = Buffer("smem", (2, TABLE_WINDOW), "int32")
     return [keys, keys, table, *[Buffer("semaphore", (2,))] * 3]
@@ -196,14 +238,14 @@ def attention_scratch(problem: Problem, plan: AttentionPlan) -> list[Buffer]:
 
 def attention_buffers(problem: Problem, plan: AttentionPlan) -> list[Buffer]:
     """All that the kernel holds: scratch, tiles of operands (two each), and intermediate values."""
-    rows, head_dim = plan.query_rows, problem.cache.head_dim
-    query = Buffer("vmem", (2, rows, head_dim), product_dtype(problem.cache.dtype))
-    out = Buffer("vmem", (2, rows, head_dim), "float32")
+    rows, width = plan.query_rows, plan.query_width
+    query = Buffer("vmem", (2, rows, width), product_dtype(problem.cache.dtype))
+    out = Buffer("vmem", (2, rows, width), "float32")
     slopes = Buffer("vmem", (2, rows, 1), "float32")
-    scores = Buffer("vmem", (4, rows, plan.tile_rows), "float32")
-    state = Buffer("vmem", (3, rows, head_dim), "float32")
+    scores = Buffer("vmem", (2 + 2 * plan.head_rows, rows, plan.tile_rows), "float32")
+    state = Buffer("vmem", (3, rows, width), "float32")
     exact = problem.cache.dtype != "bfloat16"  # a float32 product is made of bfloat16 ones
-    operands = Buffer("vmem", (4 if exact else 1, plan.tile_rows, head_dim), "float32")
+    operands = Buffer("vmem", (4 if exact else 1, plan.tile_rows, plan.rows.width), "float32")
     return [*attention_scratch(problem, plan), query, out, slopes, scores, state, operands]
 
 
