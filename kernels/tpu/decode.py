@@ -107,7 +107,7 @@ def _attend(
         arrays.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
     if new:
         arrays.append(new[1])
-    pools = [view for pool in (key_pool, value_pool) for view in _views(plan, pool)]
+    pools = [x.reshape(-1, plans.UNIT_ROWS, plan.head_dim) for x in (key_pool, value_pool)]
     table = sliced_table(plan, table, layer * problem.cache.num_blocks)
     call = _make_call(problem, plan, query, pools, interpret)
     out, lse, *pools = call(*scalars, *arrays, table, *pools)
@@ -125,17 +125,6 @@ def _seen_part(problem: Problem, table: Array, lengths: Array) -> tuple[Array, A
         table = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
         start, stop = start - first * size, stop - first * size
     return table, start, stop
-
-
-def _views(plan: DecodePlan, pool: Array) -> list[Array]:
-    """The pool's blocks as matrices of rows; with runs, its rows besides: the same bytes.
-
-    A pool that is written has one view: two would make two pools of it.
-    """
-    by_block, rows = pool.reshape(-1, plan.block_rows, plan.head_dim), pool.reshape(-1, LANES)
-    if plan.run == 1:
-        return [by_block]
-    return [rows] if plan.appends else [by_block, rows]
 
 
 def _make_call(
@@ -217,22 +206,21 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
     if plan.appends:
         (tokens,) = take(1)
     (table,) = take(1)
-    views = [take(2 if plan.run > 1 and not plan.appends else 1) for _ in range(2)]
+    pools = take(2)
     out, lse = take(2)
     if plan.appends:  # the pools as they are read and written
-        views = [take(1) for _ in range(2)]
+        pools = take(2)
     keys, values, scores, weights, stats, slices = (take(SETS) for _ in range(6))
     passed, semaphores = take(plan.num_passed), take(3)
     if plan.appends:
         units, is_written = take(2)
     streams = [
-        Stream(view[0], view[-1], buffers, semaphore, first)
-        for view, buffers, semaphore, first in zip(
-            views, (keys, values), semaphores, (0, plan.items_per_step), strict=False
+        Stream(pool, buffers, semaphore, first)
+        for pool, buffers, semaphore, first in zip(
+            pools, (keys, values), semaphores, (0, plan.items_per_step), strict=False
         )
     ]
     work = Work(plan, rows, pl.program_id(0), problem.variant.left is not None)
-    pools = [stream.blocks for stream in streams]
     new = NewTokens(plan, work, slots, tokens, pools, units, is_written)
     return Step(
         plan=plan,

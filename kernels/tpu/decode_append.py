@@ -80,8 +80,8 @@ class NewTokens:
     work: Work
     slots: Any  # `Slots` in SMEM
     tokens: Any  # (rows_per_program, 2, UNIT_ROWS, head_dim)
-    pools: Any  # keys and values in HBM, blocks or rows, as `Stream` has them
-    units: Any  # VMEM, (2 * items_per_step * UNIT_ROWS, head_dim): on their way back
+    pools: Any  # keys and values in HBM, as units
+    units: Any  # VMEM, (2 * items_per_step, UNIT_ROWS, head_dim): on their way back
     semaphore: Any
 
     def put(self, which: int, items: list[Item], buffer: Any) -> None:
@@ -98,7 +98,7 @@ class NewTokens:
 
         @pl.when(count > 0)
         def _() -> None:
-            part = self.units.at[pl.ds(0, pl.multiple_of(count * UNIT_ROWS, UNIT_ROWS))]
+            part = self.units.at[pl.ds(0, count)]
             pltpu.make_async_copy(part, part, self.semaphore.at[0]).wait()
 
     def write_apart(self) -> None:
@@ -126,13 +126,13 @@ class NewTokens:
         at = _unit(row)
         unit = self._blend(which, self.work.query(item), row, buffer[at])
         buffer[at] = unit
-        mine = pl.ds((which * self.plan.items_per_step + u) * UNIT_ROWS, UNIT_ROWS)
+        mine = which * self.plan.items_per_step + u
         self.units[mine] = unit
         target = self._in_pool(which, self._slot(item))
         pltpu.make_async_copy(self.units.at[mine], target, self.semaphore.at[0]).start()
 
     def _write(self, row: Any, slot: Any) -> None:
-        mine = self.units.at[pl.ds(0, UNIT_ROWS)]
+        mine = self.units.at[0]
         for which in (KEYS, VALUES):
             pool = self._in_pool(which, slot)
             for source, target in ((pool, mine), (mine, pool)):
@@ -144,11 +144,7 @@ class NewTokens:
                     mine[...] = self._blend(which, row, first, mine[...])
 
     def _in_pool(self, which: int, slot: Any) -> Any:
-        pool, row = self.pools[which], slot * self.plan.num_kv_heads
-        if len(pool.shape) == 2:
-            return pool.at[_unit(row)]
-        block = lax.div(row, self.plan.block_rows)
-        return pool.at[block, _unit(row - block * self.plan.block_rows)]
+        return self.pools[which].at[_unit(slot * self.plan.num_kv_heads)]
 
     def _blend(self, which: int, row: Any, first: Any, unit: Any) -> Any:
         """A unit with a row's new token in it, from the `first` row on, whatever that is within."""
@@ -160,5 +156,5 @@ class NewTokens:
 
 
 def _unit(row: Any) -> Any:
-    """The rows of the unit that a row is part of."""
-    return pl.ds(pl.multiple_of(row & -UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+    """The unit that a row is part of."""
+    return row >> (UNIT_ROWS.bit_length() - 1)

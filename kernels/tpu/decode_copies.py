@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .blocks import row_bits, words
-from .decode_plan import DecodePlan
+from .decode_plan import UNIT_ROWS, DecodePlan
 from .plan import round_up
 from .worklist import Item, Work
 
@@ -27,14 +27,16 @@ UNROLL = 8  # copies of an iteration of a loop over them
 def sliced_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
     """The table in slices, (slices of all rows, 1, slice_entries); `first_block` is the layer's.
 
+    Entries count units: each is a block's first one, over all layers.
     The first entry of a tile whose blocks lie in runs is stored inverted, and so negative.  No
     entry is used as an address but those of blocks that hold tokens.
     """
     rows, columns = table.shape
-    table = jnp.pad(table + first_block, ((0, 0), (0, plan.columns - columns)))
+    table = (table + first_block) * plan.block_units
+    table = jnp.pad(table, ((0, 0), (0, plan.columns - columns)))
     if plan.run > 1:
         runs = table.reshape(rows, plan.tiles, plan.blocks_per_tile // plan.run, plan.run)
-        step = lax.broadcasted_iota(jnp.int32, runs.shape, 3)
+        step = lax.broadcasted_iota(jnp.int32, runs.shape, 3) * plan.block_units
         is_run = runs == runs[..., :1] + step
         is_run = jnp.repeat(jnp.all(is_run, axis=(2, 3)), plan.blocks_per_tile, axis=1)
         column = lax.broadcasted_iota(jnp.int32, table.shape, 1)
@@ -44,13 +46,9 @@ def sliced_table(plan: DecodePlan, table: Array, first_block: Array) -> Array:
 
 
 class Stream(NamedTuple):
-    """Keys or values: the blocks of all layers in HBM, seen in two ways, and their sets in VMEM.
+    """Keys or values: the blocks of all layers in HBM, and their sets in VMEM, both as units."""
 
-    Both are rows where there is but that view.
-    """
-
-    blocks: Any  # (layers * blocks, block_rows, head_dim)
-    rows: Any  # (layers * blocks * block_rows, head_dim); one copy takes a run of blocks from it
+    pool: Any  # (layers * blocks * block_units, UNIT_ROWS, head_dim)
     buffers: tuple[Any, ...]
     semaphores: Any
     first_slice: int  # of a step's slices of the table
@@ -146,23 +144,17 @@ class Copies:
         self, slot: int, stream: Stream, target: int, u: int, base: Any, i: Any, run: int
     ) -> None:
         plan = self.plan
-        block = self.slices[slot][base + i]
+        first = self.slices[slot][base + i]
         if plan.run > 1 and not (isinstance(i, int) and i > 0):
-            block = block ^ (block >> 31)  # the first one may be stored inverted
-        count = run * plan.block_rows
-        row = u * plan.tile_rows + i * plan.block_rows
-        row = row if isinstance(row, int) else pl.multiple_of(row, plan.block_rows)
-        if run == 1 and len(stream.blocks.shape) == 3:
-            source = stream.blocks.at[block]
-        else:
-            first = pl.multiple_of(block * plan.block_rows, plan.block_rows)
-            source = stream.rows.at[pl.ds(first, count)]
-        buffer = stream.buffers[target].at[pl.ds(row, count)]
+            first = first ^ (first >> 31)  # the first one may be stored inverted
+        count = run * plan.block_units
+        buffer = stream.buffers[target].at[pl.ds(self._unit(u, i), count)]
+        source = stream.pool.at[pl.ds(first, count)]
         pltpu.make_async_copy(source, buffer, stream.semaphores.at[target]).start()
 
     def wait_whole(self, stream: Stream, target: int) -> None:
         """Waits for the blocks of full tiles."""
-        part = stream.buffers[target].at[pl.ds(0, self.plan.step_rows)]
+        part = stream.buffers[target].at[pl.ds(0, self.plan.step_units)]
         pltpu.make_async_copy(part, part, stream.semaphores.at[target]).wait()
 
     def wait(self, stream: Stream, items: list[Item], target: int) -> None:
@@ -171,8 +163,7 @@ class Copies:
 
         @pl.when(blocks > 0)
         def _() -> None:
-            rows = pl.multiple_of(blocks * self.plan.block_rows, self.plan.block_rows)
-            part = stream.buffers[target].at[pl.ds(0, rows)]
+            part = stream.buffers[target].at[pl.ds(0, blocks * self.plan.block_units)]
             pltpu.make_async_copy(part, part, stream.semaphores.at[target]).wait()
 
     def clear(self, items: list[Item], target: int) -> None:
@@ -189,32 +180,38 @@ class Copies:
         plan = self.plan
         last = lax.div(left, plan.block_size)
         self._keep(target, u, last, 0, left - last * plan.block_size)
-        zeros = jnp.zeros((plan.block_rows, plan.head_dim), jnp.bfloat16)
+        zeros = jnp.zeros((plan.block_units, UNIT_ROWS, plan.head_dim), jnp.bfloat16)
 
         def each(block: Any, _: None) -> None:
-            self.values.buffers[target][self._block(u, block)] = zeros
+            self.values.buffers[target][pl.ds(self._unit(u, block), plan.block_units)] = zeros
 
         lax.fori_loop(last + 1, plan.blocks_per_tile, each, None)
 
     def _keep(self, target: int, u: int, block: Any, start: Any, stop: Any) -> None:
         """Zeros the tokens of a block outside [start, stop)."""
-        at, heads = self._block(u, block), self.plan.num_kv_heads
-        value = self.values.buffers[target][at]
+        plan, buffer = self.plan, self.values.buffers[target]
+        at, heads = self._unit(u, block), plan.num_kv_heads
+        value = rows_of(buffer, at, plan.block_units)
         keep = lambda row: (row >= start * heads) & (row < stop * heads)
         kept = words(value) & row_bits(value.shape, 2, keep)
-        self.values.buffers[target][at] = pltpu.bitcast(kept, value.dtype)
+        kept = pltpu.bitcast(kept, value.dtype)
+        buffer[pl.ds(at, plan.block_units)] = kept.reshape(-1, *buffer.shape[1:])
 
-    def _block(self, u: int, block: Any) -> Any:
-        rows = self.plan.block_rows
-        return pl.ds(pl.multiple_of(u * self.plan.tile_rows + block * rows, rows), rows)
+    def _unit(self, u: int, block: Any) -> Any:
+        """The first unit of an item's block in a buffer."""
+        return (u * self.plan.blocks_per_tile + block) * self.plan.block_units
+
+
+def rows_of(buffer: Any, first: Any, count: int) -> Any:
+    """Units of a buffer as a matrix of rows."""
+    return buffer[pl.ds(first, count)].reshape(-1, buffer.shape[-1])
 
 
 def clear_pads(plan: DecodePlan, streams: tuple[Stream, ...]) -> None:
-    """Zeros the rows behind every buffer that `tied` reads."""
-    zeros = jnp.zeros((plan.pad_rows, plan.head_dim), jnp.bfloat16)
+    """Zeros the unit behind every buffer that `tied` reads."""
     for stream in streams:
         for buffer in stream.buffers:
-            buffer[pl.ds(plan.step_rows, plan.pad_rows)] = zeros
+            buffer[plan.step_units] = jnp.zeros((UNIT_ROWS, plan.head_dim), jnp.bfloat16)
 
 
 def tied(plan: DecodePlan, x: jax.Array, buffer: Any) -> jax.Array:
@@ -222,7 +219,7 @@ def tied(plan: DecodePlan, x: jax.Array, buffer: Any) -> jax.Array:
 
     Nothing else needs a copy that has just been started, so the compiler would put it last.
     """
-    zeros = words(buffer[pl.ds(plan.step_rows, plan.pad_rows)])
+    zeros = words(buffer[plan.step_units])
     bits = words(x)
     repeats = round_up(bits.shape[0], zeros.shape[0]) // zeros.shape[0]
     zeros = jnp.concatenate([zeros] * repeats, axis=0)[: bits.shape[0]]

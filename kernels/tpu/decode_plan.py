@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.problem import Problem
-from .plan import LANES, TABLE_WINDOW, Buffer, min_rows, round_up, vmem_bytes
+from .plan import LANES, TABLE_WINDOW, Buffer, round_up, vmem_bytes
 
 SETS = 3  # of every buffer: one in use, one on its way, one being filled
 KV_HEADS = (1, 2, 4, 8)
-UNIT_ROWS = 16  # (token, kv head) rows that an append reads and rewrites: one register
+UNIT_ROWS = 16  # (token, kv head) rows of a unit, one register: pools and tiles are seen as units
 STATS = 5  # of an item: decay, maximum, sum, maximum of each lane, output
 RUN = 4  # blocks of a merged copy
 SMALL_BLOCK = 8 << 10  # bytes; copies of blocks no larger than this take longer to start than to do
@@ -51,6 +51,10 @@ class DecodePlan:
     @property
     def block_rows(self) -> int:
         return self.block_size * self.num_kv_heads
+
+    @property
+    def block_units(self) -> int:
+        return self.block_rows // UNIT_ROWS
 
     @property
     def tile_tokens(self) -> int:
@@ -102,9 +106,9 @@ class DecodePlan:
         return 4 if self.passes_sums else 1
 
     @property
-    def pad_rows(self) -> int:
-        """Zeros behind a buffer's rows, that orders compute after copies: one register."""
-        return min_rows("bfloat16")
+    def step_units(self) -> int:
+        """Units of a step; in a buffer follows one of zeros, that orders compute after copies."""
+        return self.step_rows // UNIT_ROWS
 
 
 def table_columns(problem: Problem) -> int:
@@ -122,7 +126,7 @@ def plan_decode(problem: Problem, vmem: int, *, appends: bool = False) -> Decode
         return None
     if cache.num_kv_heads not in KV_HEADS or problem.num_query_heads > LANES:
         return None
-    if cache.rows_per_block % min_rows("bfloat16"):
+    if cache.rows_per_block % UNIT_ROWS:
         return None
     for plan in _plans(problem, appends):
         if vmem_bytes(decode_buffers(problem, plan)) + COMPILER_BYTES <= vmem:
@@ -189,7 +193,7 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
     what chunks pass on, then the semaphores of keys, values and tables; units on their way back,
     and a semaphore."""
     heads, step_rows = plan.num_heads, plan.step_rows
-    tile = Buffer("vmem", (step_rows + plan.pad_rows, plan.head_dim), "bfloat16")
+    tile = Buffer("vmem", (plan.step_units + 1, UNIT_ROWS, plan.head_dim), "bfloat16")
     each = [
         tile,
         tile,
@@ -199,7 +203,7 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
         Buffer("smem", (plan.slices,), "int32"),
     ]
     semaphores = [Buffer("semaphore", (SETS,))] * 3
-    units = Buffer("vmem", (2 * plan.items_per_step * UNIT_ROWS, plan.head_dim), "bfloat16")
+    units = Buffer("vmem", (2 * plan.items_per_step, UNIT_ROWS, plan.head_dim), "bfloat16")
     new = [units, Buffer("semaphore", (1,))] if plan.appends else []
     passed = [Buffer("vmem", (2, heads, LANES), "float32")] * plan.num_passed
     return [*(buffer for buffer in each for _ in range(SETS)), *passed, *semaphores, *new]

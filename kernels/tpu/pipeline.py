@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
 from .decode_append import KEYS, VALUES, NewTokens
-from .decode_copies import Copies, Paced, clear_pads, tied
-from .decode_plan import SETS, STATS, DecodePlan
+from .decode_copies import Copies, Paced, clear_pads, rows_of, tied
+from .decode_plan import SETS, STATS, UNIT_ROWS, DecodePlan
 from .plan import LANES
 from .worklist import Item
 
@@ -138,7 +138,7 @@ class ScoreStage:
         at = u * plan.tile_rows + first
         dots = lax.dot_general(
             query,
-            keys[self.slot][pl.ds(at, plan.chunk_rows)],
+            rows_of(keys[self.slot], at // UNIT_ROWS, plan.chunk_rows // UNIT_ROWS),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -224,9 +224,8 @@ class ValueStage:
         if self.filling is not None:
             parts = [weights[:, i : i + LANES] for i in range(0, plan.chunk_rows, LANES)]
             weights = jnp.concatenate([tied(plan, parts[0], self.filling), *parts[1:]], axis=1)
-        acc += jnp.dot(
-            weights, values[slot][pl.ds(at, plan.chunk_rows)], preferred_element_type=jnp.float32
-        )
+        rows = rows_of(values[slot], at // UNIT_ROWS, plan.chunk_rows // UNIT_ROWS)
+        acc += jnp.dot(weights, rows, preferred_element_type=jnp.float32)
         if first + plan.chunk_rows < plan.tile_rows:
             self.acc = step.pass_on(VALUE, acc)
             return
