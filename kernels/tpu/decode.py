@@ -275,9 +275,9 @@ def _begin(step: Step) -> tuple[Any, ...]:
         copies.start_slices(slot, copies.values, groups[slot])
     for slot in range(SETS):
         copies.wait_slices(slot)
-        copies.start_any(slot, copies.keys, groups[slot], slot)
+        copies.start_full(slot, copies.keys, groups[slot], slot)
         if slot == 0:
-            copies.start_any(slot, copies.values, groups[slot], slot)
+            copies.start_full(slot, copies.values, groups[slot], slot)
     copies.start_slices(0, copies.keys, groups[3])
     copies.start_slices(0, copies.values, groups[1])
     copies.wait(copies.keys, groups[0], 0)

@@ -83,15 +83,16 @@ class Copies:
     def _column(self, item: Item) -> Any:
         return jnp.minimum(item.tile, self.plan.tiles - 1) * self.plan.blocks_per_tile
 
-    def _bases(self, stream: Stream, items: list[Item]) -> list[Any]:
-        """Where the entries of each item start among a step's."""
+    def _base(self, stream: Stream, u: Any, item: Item) -> Any:
+        """Where the entries of an item start among a step's."""
         size = self.plan.slice_entries
-        firsts = [(stream.first_slice + u) * size for u in range(len(items))]
+        first = (stream.first_slice + u) * size
         if size == self.plan.blocks_per_tile:
-            return firsts
-        return [
-            lax.rem(self._column(item), size) + at for at, item in zip(firsts, items, strict=True)
-        ]
+            return first
+        return lax.rem(self._column(item), size) + first
+
+    def _bases(self, stream: Stream, items: list[Item]) -> list[Any]:
+        return [self._base(stream, u, item) for u, item in enumerate(items)]
 
     def are_runs(self, slot: int, stream: Stream, items: list[Item]) -> Any:
         """Whether the blocks of all items, full tiles, lie in runs."""
@@ -109,39 +110,39 @@ class Copies:
             for i in range(0, self.plan.blocks_per_tile, run)
         ]
 
-    def start_any(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
-        """Starts the copies of exactly the blocks that hold tokens, if there are any."""
-        some = partial(self.start, slot, stream, items, target)
-        is_some = self.work.total_blocks(items) > 0
-        if len(items) == 1:
-            pl.when(is_some)(some)
-            return
+    def start_full(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
+        """As `start`, fast if the tiles of several items are full."""
 
         def all_of_them() -> None:
             for start in self.listed(slot, stream, items, target, 1):
                 start()
 
-        is_full = self.work.are_full(items)
-        pl.when(is_full)(all_of_them)
-        pl.when(is_some & ~is_full)(some)
+        some = partial(self.start, slot, stream, items, target)
+        if len(items) == 1:
+            some()
+        else:
+            lax.cond(self.work.are_full(items), all_of_them, some)
 
     def start(self, slot: int, stream: Stream, items: list[Item], target: int) -> None:
-        """Starts the copies of exactly the blocks that hold tokens."""
-        for u, (item, base) in enumerate(zip(items, self._bases(stream, items), strict=True)):
-            count = self.work.num_blocks(item)
-            one = lambda i, u=u, base=base: self._start(slot, stream, target, u, base, i, 1)
+        """Starts the copies of exactly the blocks that hold tokens, if there are any."""
 
-            def some(i: Any, _: None, one: Callable = one) -> None:
+        def each(u: Any, item: Item) -> None:
+            count, base = self.work.num_blocks(item), self._base(stream, u, item)
+            one = lambda i: self._start(slot, stream, target, u, base, i, 1)
+
+            def some(i: Any, _: None) -> None:
                 for j in range(UNROLL):
                     one(i * UNROLL + j)
 
-            lax.fori_loop(0, lax.div(count, UNROLL), some, None)
-            lax.fori_loop(
-                lax.div(count, UNROLL) * UNROLL, count, lambda i, _, one=one: one(i), None
-            )
+            whole = lax.div(count, UNROLL)
+            lax.fori_loop(0, whole, some, None)
+            lax.fori_loop(whole * UNROLL, count, lambda i, _: one(i), None)
+
+        is_some = self.work.total_blocks(items) > 0
+        pl.when(is_some)(lambda: self.work.each(items, each))
 
     def _start(
-        self, slot: int, stream: Stream, target: int, u: int, base: Any, i: Any, run: int
+        self, slot: int, stream: Stream, target: int, u: Any, base: Any, i: Any, run: int
     ) -> None:
         plan = self.plan
         first = self.slices[slot][base + i]
@@ -169,14 +170,17 @@ class Copies:
     def clear(self, items: list[Item], target: int) -> None:
         """Zeros the values of tokens that no query sees: no weight makes NaN harmless."""
         plan, work = self.plan, self.work
-        for u, item in enumerate(items):
+
+        def each(u: Any, item: Item) -> None:
             is_cut = (item.left > 0) & (item.left < plan.tile_tokens)
             pl.when(is_cut)(partial(self._clear_end, target, u, item.left))
             if work.starts_late:
                 late = (item.tile == 0) & (work.start(item) > 0)
                 pl.when(late)(partial(self._keep, target, u, 0, work.start(item), plan.block_size))
 
-    def _clear_end(self, target: int, u: int, left: Any) -> None:
+        work.each(items, each)
+
+    def _clear_end(self, target: int, u: Any, left: Any) -> None:
         plan = self.plan
         last = lax.div(left, plan.block_size)
         self._keep(target, u, last, 0, left - last * plan.block_size)
@@ -187,7 +191,7 @@ class Copies:
 
         lax.fori_loop(last + 1, plan.blocks_per_tile, each, None)
 
-    def _keep(self, target: int, u: int, block: Any, start: Any, stop: Any) -> None:
+    def _keep(self, target: int, u: Any, block: Any, start: Any, stop: Any) -> None:
         """Zeros the tokens of a block outside [start, stop)."""
         plan, buffer = self.plan, self.values.buffers[target]
         at, heads = self._unit(u, block), plan.num_kv_heads
@@ -197,7 +201,7 @@ class Copies:
         kept = pltpu.bitcast(kept, value.dtype)
         buffer[pl.ds(at, plan.block_units)] = kept.reshape(-1, *buffer.shape[1:])
 
-    def _unit(self, u: int, block: Any) -> Any:
+    def _unit(self, u: Any, block: Any) -> Any:
         """The first unit of an item's block in a buffer."""
         return (u * self.plan.blocks_per_tile + block) * self.plan.block_units
 

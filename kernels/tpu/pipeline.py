@@ -259,8 +259,8 @@ def run(step: Step, slot: int, way: str, groups: Groups) -> None:
         keys = copies.listed(slot, copies.keys, groups.third, slot, count)
         values = copies.listed(slot, copies.values, groups.next, ahead, count)
     else:
-        copies.start_any(slot, copies.keys, groups.third, slot)
-        copies.start_any(slot, copies.values, groups.next, ahead)
+        copies.start(slot, copies.keys, groups.third, slot)
+        copies.start_full(slot, copies.values, groups.next, ahead)
     chunks = plan.chunks
     pace = partial(Paced, num_chunks=len(chunks), spread=plan.spread)
     keys, values = pace(keys), pace(values)

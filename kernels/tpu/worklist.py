@@ -4,6 +4,7 @@ Outside of the kernel the list is a few arrays with a number per row; inside, it
 after the other, so that no array has a number per item.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -138,6 +139,20 @@ class Work:
             left = jnp.where(cursor + u < self.num_rows, self._tokens(row), 0)
             items.append(Item(row, 0, left))
         return items
+
+    def each(self, items: list[Item], do: Callable[[Any, Item], None]) -> None:
+        """`do(u, item)` for every item of a group, in a loop that is compiled once."""
+        if len(items) == 1:
+            do(0, items[0])
+            return
+        first, last = items[0], jnp.maximum(self.num_rows - 1, 0)
+
+        def one(u: Any, _: None) -> None:
+            row = jnp.minimum(first.row + u, last)
+            is_item = (first.left > 0) & (first.row + u < self.num_rows)
+            do(u, Item(row, 0, jnp.where(is_item, self._tokens(row), 0)))
+
+        lax.fori_loop(0, len(items), one, None)
 
     def _tokens(self, row: Any) -> Any:
         return self.rows.stop[self.program * self.plan.rows_per_program + row]
