@@ -68,10 +68,15 @@ def unsupported(problem: Problem) -> str | None:
 
 def can_append(problem: Problem) -> bool:
     """Whether `append_and_attend` can run the problem, and writes its new keys and values too."""
-    return decode.plan_of(problem, appends=True) is not None
+    return decode.plan_of(packed.by_rows(problem), appends=True) is not None
 
 
-append_and_attend = decode.append_and_attend
+def append_and_attend(problem: Problem, *arrays: Any, interpret: Any = None) -> Any:
+    """(out, lse, key_pool, value_pool); arrays as those of `decode.append_and_attend`."""
+    if packed.are_apart(problem.cache):
+        call = partial(decode.append_and_attend, interpret=interpret)
+        return packed.append_and_attend(call, problem, *arrays)
+    return decode.append_and_attend(problem, *arrays, interpret=interpret)
 
 
 def attend(

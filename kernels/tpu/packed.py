@@ -100,6 +100,27 @@ def append(
     return key_pool.reshape(shape), value_pool.reshape(shape)
 
 
+def append_and_attend(
+    append_and_attend_rows: Callable[..., tuple[Array, Array, Array, Array]],
+    problem: Problem,
+    query: Array,
+    keys: Array,
+    values: Array,
+    key_pool: Array,
+    value_pool: Array,
+    *others: Any,
+) -> tuple[Array, Array, Array, Array]:
+    """(out, lse, key_pool, value_pool), where rows are whole kv heads of one token."""
+    cache, rows = problem.cache, by_rows(problem)
+    first = _first_values(problem, 1)
+    new = (x.reshape(problem.num_tokens, -1, LANES) for x in (keys, values))
+    pools = (pool.reshape(rows.cache.pool_shape) for pool in (key_pool, value_pool))
+    arrays = (_spread(query, first, LANES), *new, *pools, *others)
+    out, lse, key_pool, value_pool = append_and_attend_rows(rows, *arrays)
+    pools = key_pool.reshape(cache.pool_shape), value_pool.reshape(cache.pool_shape)
+    return _own(out, first, cache.head_dim), lse, *pools
+
+
 def row_and_token(problem: Problem, rows: BlockRows, query_head: Any) -> tuple[Any, Any]:
     """Which row of a group its kv head begins in, and which token of the group it is for.
 
