@@ -1,14 +1,17 @@
 """Times the block allocator on the host: `python -m benchmarks.allocator`.
 
-Sequences start, grow and end at random until the pool has long been full and its free blocks lie
-scattered; each call is timed by itself.  A limit stands beside each figure.
+Sequences start and grow at random, and when blocks run out a random one ends, so that the pool is
+always nearly full and its free blocks lie scattered.  Each call is timed by itself; a limit stands
+beside each figure that has one.
 """
 
 import argparse
 import sys
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -23,50 +26,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--sequences", type=int, default=10_000)
     parser.add_argument("--calls", type=int, default=200_000, help="timed calls of churn")
+    parser.add_argument("--held", type=float, default=1.0, help="share of the blocks, at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     print(f"{options.sequences} sequences over {options.blocks} blocks of {BLOCK_SIZE} tokens")
     good = True
+    allocator = None
     for is_caching in (False, True):
-        times, together = churn(options, is_caching)
-        print(f"prefix caching {'on' if is_caching else 'off'}:")
+        allocator = paged_kv.BlockAllocator(
+            options.blocks, BLOCK_SIZE, enable_prefix_caching=is_caching
+        )
+        times, sequences = churn(allocator, options)
+        stats = allocator.stats()
+        print(f"prefix caching {'on' if is_caching else 'off'}, {stats.usage:.0%} of blocks held:")
         for name, rows in times.items():
-            good &= report(name, np.array(rows), is_judged=not is_caching)
+            good &= report(name, np.array(rows).reshape(-1, 2), is_judged=not is_caching)
+        steps = [np.diff(allocator.blocks(sequence)) == 1 for sequence in sequences]
+        together = np.concatenate(steps).mean()
         print(f"  {together:.0%} of the blocks held follow their predecessor in the pool")
-    for kind, figure in prefix_match().items():
+    for kind, figure in prefix_match(allocator, sequences).items():
         good &= figure <= MATCH_US
-        print(f"4096 tokens matched, {kind}: {figure:.0f} us, limit {MATCH_US:.0f} us")
+        print(f"4096 tokens matched, {kind}: median {figure:.0f} us, limit {MATCH_US:.0f} us")
     return 0 if good else 1
 
 
-def churn(options: argparse.Namespace, is_caching: bool) -> tuple[dict[str, list], float]:
-    """(seconds, blocks) of each call by its name, and how many blocks are neighbours at the end."""
+def churn(
+    allocator: paged_kv.BlockAllocator, options: argparse.Namespace
+) -> tuple[dict[str, array], list[int]]:
+    """Seconds and blocks of each call in turn, by the call's name; and the sequences at the end."""
     rng = np.random.default_rng(options.seed)
-    allocator = paged_kv.BlockAllocator(
-        options.blocks, BLOCK_SIZE, enable_prefix_caching=is_caching
-    )
-    times = defaultdict(list)
+    times = defaultdict(partial(array, "d"))  # no objects: they would have to be collected
     mean = options.blocks * BLOCK_SIZE // options.sequences
-    lengths = rng.integers(mean // 5, mean, options.sequences + options.calls).tolist()
+    lengths = rng.integers(mean // 5, 9 * mean // 5, options.sequences + options.calls).tolist()
     tokens = np.arange(2 * mean, dtype=np.int32)
-    live, number = [], 0
+    live = []
 
-    def timed(name, call, *arguments):
+    def start(number):
         begin = time.perf_counter()
-        result = call(*arguments)
-        times[name].append((time.perf_counter() - begin, len(result or ())))
-
-    def start():
-        nonlocal number
-        try:
-            timed("allocate", allocator.allocate, number, lengths[number])
-        except paged_kv.OutOfBlocksError:
-            return end()
-        if is_caching:
+        blocks = allocator.allocate(number, lengths[number])
+        times["allocate"].extend((time.perf_counter() - begin, len(blocks)))
+        live.append(number)
+        if allocator.enable_prefix_caching:
             tokens[0] = number
             allocator.commit(number, tokens[: lengths[number]])
-        live.append(number)
-        number += 1
+
+    def grow():
+        sequence = live[int(rng.integers(len(live)))]
+        begin = time.perf_counter()
+        blocks = allocator.extend(sequence, 1)
+        times["extend"].extend((time.perf_counter() - begin, len(blocks)))
 
     def end():
         victim = int(rng.integers(len(live)))
@@ -74,36 +82,29 @@ def churn(options: argparse.Namespace, is_caching: bool) -> tuple[dict[str, list
         blocks = len(allocator.blocks(live[-1]))
         begin = time.perf_counter()
         allocator.free(live.pop())
-        times["free"].append((time.perf_counter() - begin, blocks))
+        times["free"].extend((time.perf_counter() - begin, blocks))
 
-    def grow():
-        sequence = live[int(rng.integers(len(live)))]
+    for number, is_growing in enumerate(rng.random(options.sequences + options.calls) < 0.6):
+        if number == options.sequences:
+            times.clear()  # until here the pool was filled
+        if allocator.num_free_blocks < (1 - options.held) * options.blocks:
+            end()
         try:
-            timed("extend", allocator.extend, sequence, 1)
+            if is_growing and number >= options.sequences:
+                grow()
+            else:
+                start(number)
         except paged_kv.OutOfBlocksError:
             end()
-
-    while number < options.sequences:
-        before = number
-        start()
-        if number == before:
-            break
-    times.clear()
-    for choice in rng.random(options.calls).tolist():
-        if choice < 0.6:
-            grow()
-        elif choice < 0.8 and len(live) > options.sequences // 2:
-            end()
-        elif len(live) < options.sequences:
-            start()
-    steps = [np.diff(allocator.blocks(sequence)) == 1 for sequence in live]
-    return times, float(np.concatenate(steps).mean())
+    return times, live
 
 
-def prefix_match() -> dict[str, float]:
+def prefix_match(allocator: paged_kv.BlockAllocator, sequences: list[int]) -> dict[str, float]:
     """Median microseconds to match a prefix of 4096 tokens, given in two ways."""
-    allocator = paged_kv.BlockAllocator(1024, BLOCK_SIZE, enable_prefix_caching=True)
+    for sequence in sequences[: len(sequences) // 2]:
+        allocator.free(sequence)
     tokens = np.arange(4097, dtype=np.int32)
+    tokens[0] = -1
     allocator.allocate("first", 4096)
     allocator.commit("first", tokens[:4096])
     allocator.free("first")

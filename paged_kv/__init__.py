@@ -26,6 +26,7 @@ from .ops import apply_sinks as apply_sinks
 from .ops import make_schedule as make_schedule
 from .ops import merge_attention_states as merge_attention_states
 from .ops import paged_attention as paged_attention
+from .padding import pad_to_bucket as pad_to_bucket
 from .sequences import OutOfBlocksError as OutOfBlocksError
 from .state import advance as advance
 from .state import copy_blocks as copy_blocks

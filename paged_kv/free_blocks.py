@@ -1,24 +1,29 @@
 """Which blocks are free: one byte each, searched at the speed of memory, taken in runs."""
 
 from array import array
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
 
 # Free blocks left after each piece handed out, for its sequence to grow into.
 GROWTH = 8
-# Fewer than one free in so many: going from one to the next is faster than looking at all between.
-SPARSE = 500
+# Free blocks that one search looks for: a 64th of the pool, within these bounds.
+SEARCH_LOW, SEARCH_HIGH = 32, 1024
+# Fewer than one free in so many: those freed last are taken first, and none is left to grow into.
+SPARSE = 32
 
 
 class FreeBlocks:
     """The free blocks of a pool, handed out in runs of neighbours where there are any.
 
     Kernels copy neighbouring blocks at once.  So a sequence gets the block after its last one if
-    that is free; else the search goes on from where the last one ended and, having found a piece,
-    leaves `GROWTH` free blocks after it.  Nothing is reserved: when the search comes round again,
-    it takes those too.  Skipping used blocks costs about 12 us for a million of them; no call does
-    Python work per block.
+    that is free; else the next ones in the order of the pool, where a search has collected them.
+    Nothing is reserved: blocks left out to grow into are taken when the search comes round again.
+    Lists of candidates go stale; a block's byte says whether it is free.
+
+    No call does Python work per block, and a search over a million used blocks takes about a
+    millisecond and finds all that are free.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -26,43 +31,39 @@ class FreeBlocks:
         self._flags = bytearray(b"\1") * num_blocks
         self._view = np.frombuffer(self._flags, np.bool_)  # the same bytes
         self._ids = array("i", np.arange(num_blocks, dtype=np.int32).tobytes())  # to cut runs from
-        self._cursor = 0
+        self._found, self._next = array("i"), 0  # what the last search collected, and how far used
+        self._cursor = 0  # where the next search starts
+        self._recent: deque[array] = deque(maxlen=64)  # freed last, while few are free
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether few blocks are free."""
+        return self.count * SPARSE < len(self._flags)
 
     def take(self, num_blocks: int, after: int = -1) -> array:
         """Removes `num_blocks` free blocks, which there must be, and returns their ids.
 
         The first ones follow block `after` if they can.
         """
-        flags, taken = self._flags, array("i")
-        if num_blocks and 0 <= after < len(flags) - 1 and flags[after + 1]:
+        taken = array("i")
+        if num_blocks and 0 <= after < len(self._flags) - 1 and self._flags[after + 1]:
             taken = self._take_run(after + 1, num_blocks)
-        cursor = self._cursor
         while len(taken) < num_blocks:
             missing = num_blocks - len(taken)
-            start = flags.find(1, cursor)
-            if start < 0:
-                cursor = 0
-                continue
-            stop = flags.find(0, start, start + missing)
-            is_run = stop < 0 or stop - start > missing // 4
-            if is_run or self.count * SPARSE < len(flags):
-                taken += self._take_run(start, missing)
-            else:
-                taken += self._take_scattered(start, missing)
-            cursor = taken[-1] + 1
-            self._cursor = cursor + GROWTH
+            taken += self._claim(self._recent_blocks(missing) or self._found_blocks(missing))
         self.count -= num_blocks
         return taken
 
     def give(self, blocks: array) -> None:
         """Puts back blocks that are not free."""
-        size = len(blocks)
-        self.count += size
-        if size < 8:
+        if blocks and self.is_sparse:
+            self._recent.append(blocks)
+        self.count += len(blocks)
+        if len(blocks) < 8:
             for block in blocks:
                 self._flags[block] = 1
-        elif blocks == self._ids[blocks[0] : blocks[0] + size]:
-            self._flags[blocks[0] : blocks[0] + size] = b"\1" * size
+        elif self._is_run(blocks):
+            self._flags[blocks[0] : blocks[-1] + 1] = b"\1" * len(blocks)
         else:
             self._view[np.frombuffer(blocks, np.int32)] = True
 
@@ -76,6 +77,9 @@ class FreeBlocks:
         """Whether exactly `expected` are free."""
         return self.count == len(expected) and set(np.flatnonzero(self._view).tolist()) == expected
 
+    def _is_run(self, blocks: array) -> bool:
+        return blocks == self._ids[blocks[0] : blocks[0] + len(blocks)]
+
     def _take_run(self, start: int, limit: int) -> array:
         """Takes `start` and what is free right after it, `limit` blocks at most."""
         stop = min(start + limit, len(self._flags))
@@ -84,10 +88,47 @@ class FreeBlocks:
         self._flags[start:stop] = bytes(stop - start)
         return self._ids[start:stop]
 
-    def _take_scattered(self, start: int, limit: int) -> array:
-        """Takes the next free blocks from `start` on, `limit` at most, in a stretch of the pool."""
-        expected = limit * len(self._flags) // self.count
-        window = self._view[start : start + 2 * expected + 256]
-        blocks = np.flatnonzero(window)[:limit].astype(np.int32) + np.int32(start)
-        self._view[blocks] = False
-        return array("i", blocks.tobytes())
+    def _recent_blocks(self, limit: int) -> array | None:
+        """Candidates among the blocks freed last, in their order."""
+        if not self._recent:
+            return None
+        if not self.is_sparse:
+            return self._recent.clear()
+        blocks = self._recent.pop()
+        if len(blocks) > limit:
+            self._recent.append(blocks[limit:])
+        return blocks[:limit]
+
+    def _found_blocks(self, limit: int) -> array:
+        """Candidates in the order of the pool."""
+        if self._next >= len(self._found):
+            self._search(limit)
+        blocks = self._found[self._next : self._next + limit]
+        self._next += limit + (0 if self.is_sparse else GROWTH)
+        return blocks
+
+    def _search(self, limit: int) -> None:
+        """Collects at least one free block, and about `limit` if there are."""
+        size = len(self._flags)
+        start = self._flags.find(1, self._cursor + self._next - len(self._found))
+        start = start if start >= 0 else self._flags.find(1)
+        wanted = max(limit, SEARCH_LOW, min(size // 64, SEARCH_HIGH))
+        self._cursor = start + 1 + size * wanted // self.count
+        found = np.flatnonzero(self._view[start : self._cursor]) + start
+        self._found, self._next = array("i", found.astype(np.int32).tobytes()), 0
+
+    def _claim(self, blocks: array) -> array:
+        """Takes those of the candidates that are free."""
+        if self._is_run(blocks):
+            if self._flags.find(0, blocks[0], blocks[-1] + 1) < 0:
+                self._flags[blocks[0] : blocks[-1] + 1] = bytes(len(blocks))
+                return blocks
+        elif len(blocks) >= 8:
+            ids = np.frombuffer(blocks, np.int32)
+            if self._view[ids].all():
+                self._view[ids] = False
+                return blocks
+        free = array("i", filter(self._flags.__getitem__, blocks))
+        for block in free:
+            self._flags[block] = 0
+        return free

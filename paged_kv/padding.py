@@ -1,8 +1,40 @@
-"""Sizes rounded up, so that a program is compiled for few of them."""
+"""Sizes rounded up, so that programs are compiled for few of them."""
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from . import validate
+
+
+def pad_to_bucket(count: int, buckets: Sequence[int] | None = None) -> int:
+    """The size to pad to, so that a program is compiled for few sizes and not for every one.
+
+    For the tokens of a packed step and for the rows of a batch.  Tokens past `query_start_loc[-1]`
+    are padding, and so are rows of length 0: `BlockAllocator.block_table(..., num_rows=)`.
+
+    Args:
+      count: what there is.
+      buckets: the sizes to choose from, rising; by default 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on:
+        two for each doubling, of which padding is a third at most.
+
+    Returns:
+      The smallest of them that holds `count`.
+
+    Raises:
+      ValueError: `count` is negative, or above the last bucket.
+    """
+    validate.not_negative("count", count)
+    if buckets is None:
+        power = 1 << max(count - 1, 0).bit_length()
+        return power * 3 // 4 if 2 < count <= power * 3 // 4 else power
+    index = bisect_left(buckets, count)
+    if index == len(buckets):
+        raise ValueError(
+            f"{count=} is above the last of buckets={list(buckets)}; split the step or add a bucket"
+        )
+    return buckets[index]
 
 
 def padded_ids(ids: Iterable[int]) -> np.ndarray:

@@ -231,22 +231,35 @@ class Sequences:
         return self._get(seq_id).num_tokens
 
     def block_table(
-        self, seq_ids: Iterable[Hashable], max_blocks: int, *, allow_missing: bool = False
+        self,
+        seq_ids: Iterable[Hashable],
+        max_blocks: int,
+        *,
+        num_rows: int | None = None,
+        allow_missing: bool = False,
     ) -> np.ndarray:
-        """The table for `set_block_table`: int32 (rows, max_blocks), one row per id, rest -1.
+        """The table for `set_block_table`: one row per id, and -1 where nothing is.
 
         Args:
           seq_ids: the rows.
           max_blocks: columns: `max_blocks_per_seq` of the cache.
+          num_rows: rows, those past the ids empty; by default as many as ids.
           allow_missing: an id that is not allocated is an empty row, not an error.
 
+        Returns:
+          int32 (rows, max_blocks), a new array.
+
         Raises:
-          ValueError: no such sequence, or one with more blocks than columns.
+          ValueError: no such sequence, one with more blocks than columns, or more ids than rows.
         """
         with self._lock:
             names = list(seq_ids)
-            table = np.full((len(names), max_blocks), -1, np.int32)
-            for row, name in zip(table, names, strict=True):
+            if num_rows is not None and len(names) > num_rows:
+                raise ValueError(f"{len(names)} sequences do not fit into {num_rows=}")
+            table = np.full(
+                (len(names) if num_rows is None else num_rows, max_blocks), -1, np.int32
+            )
+            for row, name in zip(table, names, strict=False):
                 if allow_missing and name not in self._sequences:
                     continue
                 blocks = self._get(name).blocks

@@ -70,6 +70,11 @@ ALLOCATOR = [
         "'a' has 2 blocks, its row max_blocks=1; make the cache with a larger",
     ),
     Row(
+        "table too low",
+        lambda: allocator(lambda a: a.block_table("aa", 4, num_rows=1)),
+        "2 sequences do not fit into num_rows=1",
+    ),
+    Row(
         "out of blocks",
         lambda: allocator(lambda a: a.allocate("b", 33)),
         "'b' needs 3 more blocks for 33 tokens, 2 of 4 are free",
@@ -178,4 +183,13 @@ MOVING = [
     ),
 ]
 
-ROWS = [*ALLOCATOR, *MOVING]
+PADDING = [
+    Row("bucket negative", lambda: paged_kv.pad_to_bucket(-1), "count=-1 must be an int of at l"),
+    Row(
+        "bucket missing",
+        lambda: paged_kv.pad_to_bucket(65, [16, 64]),
+        r"count=65 is above the last of buckets=\[16, 64\]; split the step",
+    ),
+]
+
+ROWS = [*ALLOCATOR, *MOVING, *PADDING]

@@ -11,6 +11,7 @@ import paged_kv
 
 NUM_BLOCKS, SIZE, BATCH, WIDTH = 12, 4, 4, 5
 int32 = lambda values: jnp.asarray(values, jnp.int32)
+device_allocate, device_free = jax.jit(paged_kv.device_allocate), jax.jit(paged_kv.device_free)
 
 
 def empty():
@@ -37,29 +38,25 @@ def held(cache):
 
 def test_rows_get_the_blocks_that_their_tokens_need():
     allocator = paged_kv.init_device_allocator(NUM_BLOCKS, [7, 3, 11, 0])
-    cache, allocator, is_allocated = paged_kv.device_allocate(
-        empty(), allocator, int32([5, 0, 4, 0])
-    )
+    cache, allocator, is_allocated = device_allocate(empty(), allocator, int32([5, 0, 4, 0]))
     assert cache.block_table[:, :3].tolist() == [[7, 3, -1], [-1] * 3, [11, -1, -1], [-1] * 3]
     assert is_allocated.tolist() == [True] * 4 and free_ids(allocator) == [0]
     cache = paged_kv.advance(cache, int32([5, 0, 4, 0]))
-    cache, allocator, _ = paged_kv.device_allocate(cache, allocator, int32([3, 0, 1, 0]))
+    cache, allocator, _ = device_allocate(cache, allocator, int32([3, 0, 1, 0]))
     assert cache.block_table[:, :3].tolist() == [[7, 3, -1], [-1] * 3, [11, 0, -1], [-1] * 3]
     assert free_ids(allocator) == []
 
 
 def test_rows_are_refused_whole_and_in_order():
     allocator = paged_kv.init_device_allocator(NUM_BLOCKS, [5, 6, 7])
-    cache, allocator, is_allocated = paged_kv.device_allocate(
-        empty(), allocator, int32([4, 12, 4, 0])
-    )
+    cache, allocator, is_allocated = device_allocate(empty(), allocator, int32([4, 12, 4, 0]))
     assert is_allocated.tolist() == [True, False, False, True]
     assert held(cache) == [5] and free_ids(allocator) == [6, 7]
 
 
 @pytest.mark.parametrize("count", [-1, WIDTH * SIZE + 1, 2**31 - 1])
 def test_a_count_that_cannot_be_is_refused(count):
-    cache, allocator, is_allocated = paged_kv.device_allocate(
+    cache, allocator, is_allocated = device_allocate(
         empty(), paged_kv.init_device_allocator(NUM_BLOCKS), int32([0, count, 1, 0])
     )
     assert is_allocated.tolist() == [True, False, True, True]
@@ -73,7 +70,7 @@ def test_a_window_that_has_left_stays_left():
         seq_lengths=int32([8, 0, 0, 0]),
     )
     allocator = paged_kv.init_device_allocator(NUM_BLOCKS, [2, 9])
-    cache, allocator, _ = paged_kv.device_allocate(cache, allocator, int32([5, 0, 0, 0]))
+    cache, allocator, _ = device_allocate(cache, allocator, int32([5, 0, 0, 0]))
     assert cache.block_table[0].tolist() == [-1, 4, 2, 9, -1]
 
 
@@ -81,18 +78,16 @@ def test_a_shared_block_comes_back_once_with_its_last_row():
     table = int32([[1, 2, -1, -1, -1], [1, 3, -1, -1, -1], [1, 2, 4, -1, -1], [-1] * 5])
     cache = dataclasses.replace(empty(), block_table=table, seq_lengths=int32([8, 8, 12, 0]))
     allocator = paged_kv.init_device_allocator(NUM_BLOCKS, [])
-    cache, allocator = paged_kv.device_free(cache, allocator, jnp.array([True, False, True, False]))
+    cache, allocator = device_free(cache, allocator, jnp.array([True, False, True, False]))
     assert sorted(free_ids(allocator)) == [2, 4]
     assert cache.block_table.tolist()[0] == [-1] * 5 and cache.seq_lengths.tolist() == [0, 8, 0, 0]
-    cache, allocator = paged_kv.device_free(
-        cache, allocator, jnp.array([False, True, False, False])
-    )
+    cache, allocator = device_free(cache, allocator, jnp.array([False, True, False, False]))
     assert sorted(free_ids(allocator)) == [1, 2, 3, 4] and held(cache) == []
 
 
 def test_entries_outside_the_pool_are_not_blocks():
     cache = dataclasses.replace(empty(), block_table=jnp.full((BATCH, WIDTH), NUM_BLOCKS + 5))
-    _, allocator = paged_kv.device_free(
+    _, allocator = device_free(
         cache, paged_kv.init_device_allocator(NUM_BLOCKS, []), jnp.ones(BATCH, jnp.bool_)
     )
     assert int(allocator.num_free) == 0

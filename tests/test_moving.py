@@ -26,9 +26,10 @@ def random_cache(num_layers=None, dtype=jnp.float32, packed=False):
         num_layers=num_layers,
         packed=packed,
     )
-    draw = lambda key, pool: jax.random.normal(jax.random.key(key), pool.shape, pool.dtype)
+    rng = np.random.default_rng(0)
+    draw = lambda pool: jnp.asarray(rng.standard_normal(pool.shape), pool.dtype)
     return dataclasses.replace(
-        cache, key_pool=draw(0, cache.key_pool), value_pool=draw(1, cache.value_pool)
+        cache, key_pool=draw(cache.key_pool), value_pool=draw(cache.value_pool)
     )
 
 
@@ -47,10 +48,9 @@ def pools(cache):
     [
         (None, jnp.float32, False, False),
         (3, jnp.bfloat16, False, True),
-        (2, jnp.bfloat16, True, True),
-        (None, jnp.float32, True, True),
+        (None, jnp.bfloat16, True, True),
     ],
-    ids=["one layer, eager", "a stack, jitted", "a packed stack", "a packed layer"],
+    ids=["one layer, eager", "a stack, jitted", "a packed layer"],
 )
 def test_blocks_come_back_from_the_host_as_they_were(num_layers, dtype, packed, is_jitted):
     cache = random_cache(num_layers, dtype, packed)
@@ -155,9 +155,7 @@ class Server:
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
-        self.allocator = paged_kv.BlockAllocator(
-            NUM_BLOCKS, SIZE, enable_prefix_caching=True, scrub_on_reuse=True
-        )
+        self.allocator = paged_kv.BlockAllocator(NUM_BLOCKS, SIZE, enable_prefix_caching=True)
         self.cache = jax.tree.map(jnp.zeros_like, random_cache())
         self.rows, self.tokens = [None] * BATCH, {}  # name by row; tokens by name
         self.waiting, self.number, self.swaps, self.full = {}, 0, 0, 0
@@ -269,12 +267,12 @@ class Server:
 
 def test_a_real_cache_holds_what_the_allocator_says():
     server = Server(seed=0)
-    for number in range(150):
+    for number in range(120):
         server.run()
         if number % 10 == 9:
             server.compare()
             server.allocator.check_invariants()
-        if number % 50 == 49:
+        if number % 60 == 59:
             server.cache = paged_kv.defragment(server.cache, server.allocator)
             server.compare()
     stats = server.allocator.stats()
