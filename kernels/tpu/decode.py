@@ -5,8 +5,8 @@ scores of foreign heads are masked together with the tokens past the end, and so
 gives every head its own output.  No row is extracted, shifted or transposed.
 
 `pipeline` has the step that the time goes to, `decode_copies` what it waits for, `worklist` what it
-works on.  Rows are single tokens, one per sequence here; the list may as well be the one-token rows
-of a packed batch.
+works on; `decode_append` writes new tokens on the way.  Rows are single tokens, one per sequence
+here; the list may as well be the one-token rows of a packed batch.
 """
 
 from functools import partial
