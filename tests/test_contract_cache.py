@@ -95,7 +95,7 @@ def test_init_of_a_stack_gives_pools_a_leading_layer_axis_and_one_table():
 
 def test_init_takes_keywords_only():
     parameters = inspect.signature(paged_kv.init_paged_kv_cache).parameters.values()
-    assert [p.name for p in parameters] == [*SIZES, "dtype", "num_layers"]
+    assert [p.name for p in parameters] == [*SIZES, "dtype", "num_layers", "packed"]
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
 
 

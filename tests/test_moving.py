@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import aot_tpu
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +88,25 @@ def test_ids_past_the_pool_are_skipped_under_jit():
     after = jax.jit(paged_kv.swap_in)(cache, host, int32([4, NUM_BLOCKS]))
     np.testing.assert_array_equal(pools(after)[:, :, 4], 0)
     np.testing.assert_array_equal(pools(after)[:, :, 5:], pools(cache)[:, :, 5:])
+
+
+@pytest.mark.aot
+def test_a_tpu_swaps_through_pinned_memory_and_copies_no_pool():
+    case = aot_tpu.Case("v5e", num_layers=2)
+    ids = case.array((8,), jnp.int32)
+    out = jax.jit(paged_kv.swap_out).lower(case.cache, ids).compile()
+    kinds = {sharding.memory_kind for sharding in jax.tree.leaves(out.output_shardings)}
+    assert kinds == {"pinned_host"}
+    pinned = aot_tpu.sharding("v5e").with_memory_kind("pinned_host")
+    host = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=pinned),
+        jax.eval_shape(paged_kv.swap_out, case.cache, ids),
+    )
+    back = jax.jit(paged_kv.swap_in, donate_argnums=0).lower(case.cache, host, ids).compile()
+    pool_bytes = 2 * case.pool_elements * jnp.dtype(case.dtype).itemsize  # of both layers
+    assert back.memory_analysis().alias_size_in_bytes >= 2 * pool_bytes
+    for program in (out, back):
+        assert program.memory_analysis().temp_size_in_bytes < pool_bytes / 8
 
 
 # ---- pending work, defragmenting -----------------------------------------------------------------
