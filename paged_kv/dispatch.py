@@ -7,6 +7,7 @@ reference is the default.  A named implementation is strict.  Kernels are import
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import lazy, reference
-from .kernels.core.problem import AppendProblem, Problem
+from .kernels.core.problem import AppendProblem, CacheShape, Problem
 from .kernels.core.schedule import Schedule
 from .validate import is_concrete
 
@@ -27,11 +28,12 @@ class Backend(NamedTuple):
     platform: str  # as `lax.platform_dependent` names it
     package: str
     device: str  # for error texts
+    work: str | None = None  # the module whose `of_step` makes the backend's part of a schedule
 
 
 BACKENDS = {
     "mosaic_tpu": Backend("tpu", "paged_kv.kernels.tpu", "a TPU"),
-    "mosaic_gpu": Backend("cuda", "paged_kv.kernels.gpu", "an NVIDIA GPU"),
+    "mosaic_gpu": Backend("cuda", "paged_kv.kernels.gpu", "an NVIDIA GPU", "worklist"),
 }
 
 
@@ -49,6 +51,24 @@ class Operands(NamedTuple):
     schedule: Schedule
     seq_lengths: Array
     layer: Array
+
+
+def with_work(
+    implementation: str | None, cache: CacheShape, num_query_heads: int, schedule: Schedule
+) -> Schedule:
+    """The schedule with what the named backend, or every one, makes of it once per step.
+
+    Plain array code: XLA drops what no call of the same program uses.
+    """
+    work = {}
+    for name, backend in BACKENDS.items():
+        package = importlib.import_module(backend.package)
+        is_meant = implementation in (None, name) and backend.work is not None
+        if is_meant and package.unsupported_version() is None:
+            module = importlib.import_module(f"{backend.package}.{backend.work}")
+            made = module.of_step(cache, num_query_heads, schedule)
+            work |= {} if made is None else {name: made}
+    return replace(schedule, work=work)
 
 
 def attend(
@@ -77,9 +97,8 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> A
     def kernel_fn(module: ModuleType, *arrays):
         query, key_pool, value_pool, slopes, operands = arrays
         pools = as_heads(problem, key_pool, value_pool)
-        schedule = operands.schedule
-        layer, lengths = safe_layer(operands.layer, schedule.seq_lengths, pools[0])
-        schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
+        layer, is_layer = safe_layer(operands.layer, pools[0])
+        schedule = operands.schedule.only_if(is_layer)
         call = partial(module.attend, problem, interpret=choice.interpret)
         return call(query, *pools, operands.block_table, schedule, slopes, layer)
 
@@ -139,7 +158,8 @@ def _append(problem, choice, keys, values, key_pool, value_pool, targets) -> Any
 
     def kernel_fn(module: ModuleType, keys, values, key_pool, value_pool, targets):
         pools = as_heads(problem, key_pool, value_pool)
-        layer, lengths = safe_layer(targets.layer, targets.seq_lengths, pools[0])
+        layer, is_layer = safe_layer(targets.layer, pools[0])
+        lengths = jnp.where(is_layer, targets.seq_lengths, 0)
         arrays = (targets.block_table, lengths, targets.query_start_loc, layer)
         call = partial(module.append, problem, interpret=choice.interpret)
         return like(key_pool, call(keys, values, *pools, *arrays))
@@ -237,11 +257,10 @@ def check(op: str, problem: Problem | AppendProblem, choice: Choice, array: Any)
         )
 
 
-def safe_layer(layer: Array, lengths: Array, pool: Array) -> tuple[Array, Array]:
-    """A layer inside the stack, and lengths: where it was outside, no sequence has tokens."""
+def safe_layer(layer: Array, pool: Array) -> tuple[Array, Array]:
+    """A layer inside the stack, and whether that is the one asked for."""
     num_layers = pool.shape[0]
-    is_layer = (layer >= 0) & (layer < num_layers)
-    return jnp.clip(layer, 0, num_layers - 1), jnp.where(is_layer, lengths, 0)
+    return jnp.clip(layer, 0, num_layers - 1), (layer >= 0) & (layer < num_layers)
 
 
 def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:

@@ -13,7 +13,6 @@ from jax import Array, lax
 from . import dispatch, lazy
 from .dispatch import BACKENDS, Choice, Operands, Targets
 from .kernels.core.problem import AppendProblem, Problem
-from .kernels.core.schedule import Schedule
 
 FUSING = "mosaic_tpu"  # the backend that has such a kernel
 
@@ -60,10 +59,7 @@ def _at_once(problems, choice, *arrays) -> Any:
 
     def kernel_fn(query, keys, values, key_pool, value_pool, slopes, operands, targets):
         pools = dispatch.as_heads(problems[1], key_pool, value_pool)
-        schedule = operands.schedule
-        safe = partial(dispatch.safe_layer, operands.layer, pool=pools[0])
-        layer, lengths = safe(schedule.seq_lengths)
-        schedule = Schedule(lengths, schedule.query_start_loc, schedule.made_for)
+        layer, is_layer = dispatch.safe_layer(operands.layer, pools[0])
         out, lse, key_rows, value_rows = module.append_and_attend(
             problems[1],
             query,
@@ -71,8 +67,8 @@ def _at_once(problems, choice, *arrays) -> Any:
             values,
             *pools,
             operands.block_table,
-            schedule,
-            safe(targets.seq_lengths)[1],
+            operands.schedule.only_if(is_layer),
+            jnp.where(is_layer, targets.seq_lengths, 0),
             slopes,
             layer,
             interpret=choice.interpret,

@@ -199,7 +199,8 @@ def make_schedule(
     Args:
       cache: advanced already.
       num_query_heads, query_start_loc, local_window_size, is_causal: as in the attention calls.
-      implementation: a name is checked, and nothing else depends on it today.
+      implementation: the only one to prepare for, where one is named; others then do without what
+        they would have shared.
 
     Raises:
       ValueError: an argument does not fit the cache.
@@ -211,7 +212,8 @@ def make_schedule(
     variant = validate.variant(cache.head_dim, None, is_causal, local_window_size, None, False)
     made_for = MadeFor.of(shape, num_query_heads, query_start_loc is not None, variant)
     with jax.named_scope("paged_kv.schedule"):
-        return schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
+        schedule = schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
+        return dispatch.with_work(implementation, shape, num_query_heads, schedule)
 
 
 def merge_attention_states(

@@ -13,7 +13,7 @@ import steps
 import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, plan, unsupported_version
 from tools.gpu_compile import compiler
 
 pytestmark = [
@@ -92,15 +92,35 @@ def compile_attention(problem, **options):
 
 
 def assert_compiles(row, **options):
-    """One kernel, for Hopper, without a spill, within a CTA's registers and shared memory."""
+    """For Hopper, without a spill, within a CTA's registers and shared memory."""
     problem = problem_of(row)
-    made = plan.make_plan(problem)
-    (kernel,) = compile_attention(problem, **options).kernels
-    assert kernel.target == "sm_90a"
-    assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
-    assert kernel.registers * 128 * (made.consumers + 1) <= 65536
-    assert plan.smem_bytes(plan.scratch(problem, made)) <= plan.SMEM_BYTES
-    return problem, made, kernel
+    kernels = compile_attention(problem, **options).kernels
+    kernel = assert_assembled(problem, kernels)
+    return smem_bytes_of(problem), kernel
+
+
+def assert_assembled(problem, kernels):
+    """The main one of the kernels that attend, which are those expected and spill nothing."""
+    by_name = {kernel.kernel: kernel for kernel in kernels}
+    if (made := decode_plan.plan_of(problem)) is not None:
+        names = {"paged_decode", "paged_combine"}
+    else:
+        made, names = plan.make_plan(problem), {"paged_attention"}
+    assert set(by_name) == names
+    for kernel in kernels:
+        assert kernel.target == "sm_90a"
+        assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+    (main,) = names - {"paged_combine"}
+    assert by_name[main].registers * 128 * (made.consumers + 1) <= 65536
+    assert smem_bytes_of(problem) <= plan.SMEM_BYTES
+    return by_name[main]
+
+
+def smem_bytes_of(problem):
+    """What the plan of the main kernel says."""
+    if (made := decode_plan.plan_of(problem)) is not None:
+        return plan.smem_bytes(decode_plan.scratch(problem, made))
+    return plan.smem_bytes(plan.scratch(problem, plan.make_plan(problem)))
 
 
 IDS = lambda row: "-".join(str(value) for value in row[:4]).replace(" ", "") + f"-{row[5]}"
@@ -117,11 +137,15 @@ def test_attention_compiles_in_every_combination(row):
     assert_compiles(row)
 
 
-@pytest.mark.parametrize("row", pairwise_rows()[:2], ids=IDS)
+@pytest.mark.parametrize(
+    "row",
+    [next(r for r in pairwise_rows() if (r[5] is None) == is_decode) for is_decode in (0, 1)],
+    ids=["ragged", "decode"],
+)
 def test_the_plan_weighs_shared_memory_as_the_compiler_does(row):
     """To the byte; and the products are those of the tensor core, the copies those of the TMA."""
-    problem, made, kernel = assert_compiles(row, is_detailed=True)
-    assert kernel.smem_bytes == plan.smem_bytes(plan.scratch(problem, made))
+    planned, kernel = assert_compiles(row, is_detailed=True)
+    assert kernel.smem_bytes == planned
     if kernel.ops is not None:  # nvdisasm is there
         assert kernel.ops["HGMMA"] > 0
         assert kernel.ops["UTMALDG"] > 0
@@ -160,6 +184,7 @@ def test_donated_step_over_a_stack_copies_no_pool_on_h100(num_kv_heads, num_toke
     arguments = steps.arguments(sizes, num_tokens)
     call = jax.jit(steps.model_step, donate_argnums=2)
     report = compiler.compile_for("H100", call, *arguments)
-    assert {"paged_attention", "paged_append"} <= {kernel.kernel for kernel in report.kernels}
+    attends = {"paged_decode", "paged_combine"} if num_tokens is None else {"paged_attention"}
+    assert {kernel.kernel for kernel in report.kernels} == {"paged_append"} | attends
     hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
     assert report.compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4

@@ -16,11 +16,12 @@ from poison import poisoned_cache
 from tolerances import tolerance
 
 import paged_kv
+from paged_kv.kernels.gpu import worklist
 
 pytestmark = [NEEDS_JAX, TIME_LIMIT]
 
 CONSTRAINTS = {"block_size": [8, 16, 24, 32, 64, 128], "pool_dtype": ["bfloat16", "float16"]}
-KERNEL = "paged_kv.kernels.gpu.ragged"
+TILE = "paged_kv.kernels.gpu.tile"
 FORMS = covering_forms(**CONSTRAINTS)
 PROBLEMS_PER_FORM = 7
 
@@ -87,7 +88,12 @@ def attend(problem):
         {"block_size": 136, "num_kv_heads": 1},  # the last tile of a block is partly empty
         {"block_size": 24, "num_kv_heads": 7},  # tiles that start within a token
         {"block_size": 8, "num_kv_heads": 64, "group": 1},  # one token a tile
-        {"block_size": 8, "num_kv_heads": 66, "group": 2},  # more rows than two warpgroups have
+        {"block_size": 8, "num_kv_heads": 66, "group": 1},  # more heads than a warpgroup has rows
+        {
+            "block_size": 8,
+            "num_kv_heads": 66,
+            "group": 2,
+        },  # more than two have: not decode's kernel
     ],
     ids=lambda sizes: "-".join(f"{value}" for value in sizes.values()),
 )
@@ -152,13 +158,13 @@ def mutate(monkeypatch):
 
 
 def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
-    mutate(f"{KERNEL}._clear_tail", lambda *args: None)
+    mutate(f"{TILE}._clear_tail", lambda *args: None)
     out, _ = attend(one_problem([43, 18]))
     assert np.isnan(np.asarray(out, np.float32)).any()
 
 
 def test_padding_that_is_not_zeroed_shows(mutate):
-    mutate(f"{KERNEL}._zero_padding", lambda cta: None)
+    mutate(f"{TILE}.zero_padding", lambda *args: None)
     out, _ = attend(one_problem([48, 24], block_size=24, num_kv_heads=3))
     assert np.isnan(np.asarray(out, np.float32)).any()
 
@@ -183,3 +189,47 @@ def test_a_missing_wait_shows(mutate):
     mutate("paged_kv.kernels.gpu.blocks.Ring.await_full", lambda self, step: None)
     with pytest.raises(Exception, match=r"(?i)race|phase"):
         attend(one_problem([47, 20]))
+
+
+def decode_with_a_schedule(problem, **options):
+    """Made outside of the call; the list in it is for as many CTAs as the interpreter runs."""
+    options = {"implementation": "mosaic_gpu", **options}
+    heads = problem.query.shape[1]
+
+    @jax.jit
+    def run(query, cache):
+        schedule = paged_kv.make_schedule(cache, num_query_heads=heads)
+        assert set(schedule.work) == {"mosaic_gpu"}
+        return paged_kv.paged_attention(
+            query, cache, schedule=schedule, return_residual=True, interpret=interpreter(),
+            **options,
+        )  # fmt: skip
+
+    return gpu_interpreter.run(run, problem.query, problem.cache)
+
+
+def test_decode_takes_the_list_of_a_schedule(mutate):
+    mutate("paged_kv.kernels.gpu.device.num_sms", lambda: 4)
+    problem = one_problem([90, 0, 33], num_kv_heads=2)
+    expected = attend(problem)
+    made, make = [], worklist.make
+
+    def counted(*args):
+        made.append(make(*args))
+        return made[-1]
+
+    mutate("paged_kv.kernels.gpu.worklist.make", counted)
+    jax.tree.map(np.testing.assert_array_equal, decode_with_a_schedule(problem), expected)
+    assert len(made) == 1
+
+
+def test_a_long_sequence_is_cut_for_all_ctas_and_joined():
+    """Every consumer works, every CTA has a piece, and four warpgroups join the pieces."""
+    from paged_kv.kernels.gpu import combine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(combine, "MANY_PIECES", 4)
+        jax.clear_caches()
+        problem = one_problem([900], num_kv_heads=2, group=3, head_dim=128)
+        assert_matches_oracle(problem, attend(problem))
+    jax.clear_caches()

@@ -5,8 +5,9 @@ all layers.  `tile_queries` cuts packed queries into tiles of whole tokens of on
 unit both backends loop over, and `untile` puts results back.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,14 @@ class MadeFor:
         )
 
 
+class BackendWork(Protocol):
+    """A pytree of a backend's own that depends on lengths and table, not on the layer."""
+
+    def only_if(self, condition: Array) -> Any:
+        """The same, with nothing to do where the condition, a bool scalar, is false."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -56,11 +65,19 @@ class Schedule:
         the pool.
       query_start_loc: int32 (batch + 1,), prefix sums of query tokens.
       made_for: the facts it was made for.
+      work: what backends made of it besides, by implementation; one that misses its own makes it
+        in every call.
     """
 
     seq_lengths: Array
     query_start_loc: Array
     made_for: MadeFor = field(metadata={"static": True})
+    work: Mapping[str, BackendWork] = field(default_factory=dict)
+
+    def only_if(self, condition: Array) -> "Schedule":
+        """Where the condition, a bool scalar, is false, no sequence has tokens."""
+        work = {name: backend.only_if(condition) for name, backend in self.work.items()}
+        return replace(self, seq_lengths=jnp.where(condition, self.seq_lengths, 0), work=work)
 
 
 def make(

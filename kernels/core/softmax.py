@@ -47,6 +47,14 @@ def step(rows: Rows, state: State, scores: Any, weigh: Callable[[Any], Any]) -> 
     return State(m, l, acc)
 
 
+def join(rows: Rows, a: State, b: State) -> State:
+    """The state after what either of them has seen."""
+    m = jnp.maximum(a.m, b.m)
+    decay_a, decay_b = jnp.exp2(a.m - m), jnp.exp2(b.m - m)
+    acc = a.acc * rows.expand(decay_a, a.acc.shape) + b.acc * rows.expand(decay_b, b.acc.shape)
+    return State(m, a.l * decay_a + b.l * decay_b, acc)
+
+
 def finish(rows: Rows, state: State) -> tuple[Any, Any]:
     """(out, lse), lse in natural units; a row that saw no key gives 0 and -inf."""
     seen = state.l > 0

@@ -1,10 +1,16 @@
 """Pallas Mosaic GPU kernels for NVIDIA Hopper.
 
-plan       sizes of tiles and rings, and the shared memory they take; no Pallas import
-blocks     copies of cache blocks, matrix products, what is simulated and how
-append     writes new tokens into the pools, in place
-attention  tiles of query rows, the kernel, results per token
-ragged     one kernel for decode, chunked prefill and mixed batches
+device       what is known of the GPU that a program is traced for
+plan         sizes of tiles and rings, and the shared memory they take; no Pallas import
+decode_plan  the same for decode
+worklist     which CTA has which tiles at decode, made once per step; no Pallas import
+blocks       copies of cache blocks, matrix products, what is simulated and how
+append       writes new tokens into the pools, in place
+attention    picks a kernel; tiles of query rows for the ragged one
+tile         one tile of keys and values: scores, softmax, product
+decode       the kernel of one token per sequence, KV cut into equal shares
+combine      the second kernel of decode: joins what was cut
+ragged       one kernel for chunked prefill and mixed batches
 """
 
 import jax

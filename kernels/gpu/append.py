@@ -13,15 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from ..core import layout
 from ..core.problem import AppendProblem, CacheShape
 from . import blocks
 from .blocks import divide, pl, plgpu
-from .plan import INT32_MAX, MAX_SIMULATED_CTAS, NUM_SMS, SMEM_BYTES, Barriers, Buffer, smem_bytes
+from .plan import (
+    INT32_MAX,
+    MAX_SIMULATED_CTAS,
+    NUM_SMS,
+    SMEM_BYTES,
+    Barriers,
+    Buffer,
+    Union,
+    smem_bytes,
+)
 
 COPY_ALIGNMENT = 128  # bytes, of a copy's end in shared memory
 ROW_ALIGNMENT = 16  # bytes, of a copy's rows
@@ -50,7 +56,7 @@ def make_plan(problem: AppendProblem, *, is_simulated: bool = False) -> Plan:
     return Plan(chunk_tokens, num_chunks, token_rows, num_ctas)
 
 
-def scratch(problem: AppendProblem, plan: Plan) -> dict[str, Buffer | Barriers]:
+def scratch(problem: AppendProblem, plan: Plan) -> dict[str, Buffer | Union | Barriers]:
     """The shared memory of one CTA, by the names of the kernel's parameters."""
     cache = problem.cache
     chunk = Buffer((plan.chunk_tokens, plan.token_rows, cache.head_dim), cache.dtype)
@@ -113,9 +119,8 @@ def append(
     interpret: None or False to compile; True or `plgpu.InterpretGPUParams` to run on a CPU.
     """
     arrays = (keys, values, key_pool, value_pool, block_table, seq_lengths, query_start_loc, layer)
-    axes = jax.typeof(key_pool).manual_axis_type.varying
-    pools = _append(problem, *map(_local, arrays), interpret=blocks.interpreter(interpret))
-    return lax.pcast(pools, tuple(sorted(axes)), to="varying") if axes else pools
+    call = partial(_append, problem, interpret=blocks.interpreter(interpret))
+    return blocks.run_locally(call, *arrays)
 
 
 def _append(
@@ -152,18 +157,6 @@ def _append(
     _call(problem, plan, interpret)(*pools, jnp.pad(keys, padding), jnp.pad(values, padding), slots)
     written = [jax.freeze(pool).reshape(key_pool.shape) for pool in pools]
     return written[0], written[1]
-
-
-# Inside a `shard_map` that checks which axes values vary over, a kernel writes no ref that varies.
-# What one shard does to its own memory concerns no other, so the kernel sees plain arrays.
-_forget_varying_axes = Primitive("forget_varying_axes")
-_forget_varying_axes.def_impl(lambda x: x)
-_forget_varying_axes.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
-mlir.register_lowering(_forget_varying_axes, lambda context, x: [x])
-
-
-def _local(x: jax.Array) -> jax.Array:
-    return _forget_varying_axes.bind(x) if jax.typeof(x).manual_axis_type.varying else x
 
 
 def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:

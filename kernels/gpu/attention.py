@@ -1,4 +1,7 @@
-"""Paged attention of a ragged batch: tiles of query rows in, the kernel, (out, lse) per token."""
+"""Paged attention: one token per sequence is decode's, a packed batch is the ragged kernel's.
+
+The ragged kernel gets tiles of query rows and gives (out, lse) per token.
+"""
 
 from functools import partial
 from typing import Any
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
-from . import blocks, ragged
+from . import blocks, decode, ragged
+from . import decode_plan as decode_plans
 from .plan import WARPGROUP_ROWS, Plan, make_plan, scratch, unsupported, work_list
 
 __all__ = ["attend", "unsupported"]
@@ -34,6 +38,10 @@ def attend(
     interpret: None or False to compile; True or `plgpu.InterpretGPUParams` to run on a CPU.
     """
     interpret = blocks.interpreter(interpret)
+    decode_plan = decode_plans.plan_of(problem, is_simulated=interpret is not None)
+    if decode_plan is not None:
+        arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+        return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
     tiles = tile_queries(
         schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from . import unsupported_version
 
@@ -29,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..core.problem import Cost
 from ..core.softmax import Rows
-from .plan import Barriers, Buffer, Item, KeyTiles
+from .plan import Barriers, Buffer, Item, KeyTiles, Union
 
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
@@ -67,12 +70,32 @@ def kernel(body: Any, *, name: str, cost: Cost, **options: Any) -> Any:
     )
 
 
-def allocate(parts: dict[str, Buffer | Barriers]) -> dict[str, Any]:
+# Inside a `shard_map` that checks which axes values vary over, a kernel writes no ref that varies.
+# What one shard does to its own memory concerns no other, so the kernel sees plain arrays.
+_forget_varying_axes = Primitive("forget_varying_axes")
+_forget_varying_axes.def_impl(lambda x: x)
+_forget_varying_axes.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_forget_varying_axes, lambda context, x: [x])
+
+
+def run_locally(call: Any, *arrays: Any) -> Any:
+    """`call(*arrays)` of a function that writes arrays in place, inside a `shard_map` too."""
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    leaves = jax.tree.leaves(arrays)
+    axes = tuple(sorted(frozenset().union(*map(varying, leaves))))
+    local = lambda x: _forget_varying_axes.bind(x) if varying(x) else x
+    results = call(*jax.tree.map(local, arrays))
+    return lax.pcast(results, axes, to="varying") if axes else results
+
+
+def allocate(parts: dict[str, Buffer | Union | Barriers]) -> dict[str, Any]:
     """The scratch of a plan as Pallas types."""
     return {name: _allocate(part) for name, part in parts.items()}
 
 
-def _allocate(part: Buffer | Barriers) -> Any:
+def _allocate(part: Buffer | Union | Barriers) -> Any:
+    if isinstance(part, Union):
+        return plgpu.RefUnion(*map(_allocate, part))
     if isinstance(part, Barriers):
         return plgpu.Barrier(num_barriers=part.num_barriers, num_arrivals=part.arrivals)
     transforms = ()
@@ -164,6 +187,44 @@ def copy_tile(
         return block_of(i + 1)  # read while the copy is on its way
 
     lax.fori_loop(0, count, copy, block_of(0))
+
+
+def block_ids(
+    keys: KeyTiles, table_ref: Any, first_block: Any, nowhere: Any, part: Any, tile: Any
+) -> tuple[Any, ...]:
+    """The blocks of a tile of a part of a sequence, in the pool of all layers.
+
+    One that no query can see is `nowhere`, outside of the pool, which brings zeros: its
+    table entry is no address.
+    """
+    # read within the row, also where there is nothing to see
+    last = jnp.maximum(part.block_stop - 1, part.block_start)
+    entry = lambda index: table_ref[part.sequence, jnp.clip(index, part.block_start, last)]
+    if keys.tiles_per_block > 1:
+        return (first_block + entry(divide(tile, keys.tiles_per_block)),)
+    ids = []
+    for i in range(keys.blocks_per_tile):
+        index = tile * keys.blocks_per_tile + i
+        is_seen = (index >= part.block_start) & (index < part.block_stop)
+        ids.append(jnp.where(is_seen, first_block + entry(index), nowhere))
+    return tuple(ids)
+
+
+def copy_blocks(
+    pool_ref: Any, ring: Ring, step: Any, keys: KeyTiles, tile: Any, ids: tuple[Any, ...]
+) -> None:
+    """Starts one TMA copy for each of a tile's blocks into the slot of `step`.
+
+    pool_ref: (blocks of all layers, rows_per_block, head_dim).
+    """
+    slot = ring.slot(step)
+    for i, block in enumerate(ids):
+        source, target = pool_ref.at[block], ring.slots.at[slot]
+        if keys.tiles_per_block > 1:
+            source = pool_ref.at[block, pl.ds(pl.multiple_of(keys.origin(tile)[1], 8), keys.rows)]
+        elif keys.copy_rows < keys.rows:
+            target = ring.slots.at[slot, pl.ds(i * keys.copy_rows, keys.copy_rows)]
+        plgpu.copy_gmem_to_smem(source, target, ring.full.at[slot])
 
 
 def matmul(a: Any, b_ref: Any, acc: Any = None, *, is_transposed: bool, is_simulated: bool) -> Any:

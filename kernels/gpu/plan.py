@@ -135,6 +135,13 @@ class Buffer(NamedTuple):
     swizzle: int = 0
 
 
+class Union(NamedTuple):
+    """Two buffers in one place, never in use at the same time."""
+
+    first: Buffer
+    second: Buffer
+
+
 class Barriers(NamedTuple):
     num_barriers: int
     arrivals: int = 1
@@ -146,7 +153,7 @@ def swizzle_bytes(head_dim: int, dtype: str) -> int:
     return next(width for width in (128, 64, 32) if row % width == 0)
 
 
-def scratch(problem: Problem, plan: Plan) -> dict[str, Buffer | Barriers]:
+def scratch(problem: Problem, plan: Plan) -> dict[str, Buffer | Union | Barriers]:
     """The shared memory of one CTA, by the names of the kernel's parameters."""
     head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
     tile = (plan.stages, plan.keys.rows, head_dim)
@@ -170,16 +177,18 @@ def scratch(problem: Problem, plan: Plan) -> dict[str, Buffer | Barriers]:
     }
 
 
-def smem_bytes(parts: dict[str, Buffer | Barriers]) -> int:
+def smem_bytes(parts: dict[str, Buffer | Union | Barriers]) -> int:
     """Bytes of shared memory that the scratch takes, alignment included."""
-    total = 0
-    for part in parts.values():
-        if isinstance(part, Buffer):
-            size = prod(part.shape) * jnp.dtype(part.dtype).itemsize
-            total += -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
-        else:
-            total += 8 * part.num_barriers
-    return total
+    return sum(map(_bytes_of, parts.values()))
+
+
+def _bytes_of(part: Buffer | Union | Barriers) -> int:
+    if isinstance(part, Union):
+        return max(map(_bytes_of, part))
+    if isinstance(part, Barriers):
+        return 8 * part.num_barriers
+    size = prod(part.shape) * jnp.dtype(part.dtype).itemsize
+    return -(-size // SMEM_ALIGNMENT) * SMEM_ALIGNMENT
 
 
 def key_tiles(cache: CacheShape) -> KeyTiles:

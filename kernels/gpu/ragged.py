@@ -1,10 +1,8 @@
-"""The kernel of a ragged batch: decode, chunked prefill and mixed.
+"""The kernel of a ragged batch: chunked prefill and mixed.
 
-A block is read as (token, head) rows, whole and contiguous.  One product of all query heads of a
-few tokens (64 rows a warpgroup) with a tile of rows gives every score; those of foreign heads are
-masked with the rest, so their weights are exactly zero and the second product gives every head its
-own output.  The softmax is online, as in FlashAttention (Dao et al., 2022); the roles are those of
-FlashAttention-3 (Shah et al., 2024): one warpgroup copies, the others compute.
+A warpgroup has 64 query rows, all heads of a few tokens, and meets tiles of keys and values as
+tile.py says.  The softmax is online, as in FlashAttention (Dao et al., 2022); the roles are those
+of FlashAttention-3 (Shah et al., 2024): one warpgroup copies, the others compute.
 
     CTA c takes items c, c + num_ctas, ... of the work list
 
@@ -14,8 +12,7 @@ FlashAttention-3 (Shah et al., 2024): one warpgroup copies, the others compute.
                 after the item: O, lse -> shared memory -> TMA
 """
 
-import operator
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,18 +20,10 @@ from jax import lax
 
 from ..core import softmax
 from ..core.problem import Problem
-from ..core.variant import LOG2E
-from . import blocks
-from .blocks import WGMMA, Ring, divide, pl, plgpu, remainder
-from .plan import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    WARPGROUP_ROWS,
-    Item,
-    KeyTiles,
-    Plan,
-    swizzle_bytes,
-)
+from . import blocks, tile
+from .blocks import Ring, divide, pl, plgpu, remainder
+from .plan import CONSUMER_REGISTERS, PRODUCER_REGISTERS, WARPGROUP_ROWS, Item, Plan
+from .tile import Rows, Sharing, Tiles
 
 
 class Inputs(NamedTuple):
@@ -73,8 +62,8 @@ class Cta(NamedTuple):
 
         def body(index, steps):
             number = cta + index * plan.num_ctas
-            tile = divide(number, plan.parts)
-            item = Item(*(self.inputs.work[tile, i] for i in range(len(Item._fields))))
+            query_tile = divide(number, plan.parts)
+            item = Item(*(self.inputs.work[query_tile, i] for i in range(len(Item._fields))))
             visit(index, number, item, steps)
             return steps + item.num_visits
 
@@ -109,7 +98,7 @@ def _produce(cta: Cta) -> None:
     plan, inputs = cta.plan, cta.inputs
     first_block, count = inputs.numbers[0], inputs.numbers[1]
     if plan.keys.padding_rows:
-        _zero_padding(cta)
+        tile.zero_padding(plan.keys, cta.values, inputs.values, cta.padding_full)
 
     def visit(index, number, item, steps):
         cta.query.await_empty(index)
@@ -139,40 +128,23 @@ def _produce(cta: Cta) -> None:
     cta.query.drain(num_items)
 
 
-def _zero_padding(cta: Cta) -> None:
-    """Rows of a value tile that no block fills: their weights are 0, and 0 * NaN is NaN."""
-    rows, start = cta.plan.keys.padding_rows, cta.plan.keys.rows - cta.plan.keys.padding_rows
-    none = cta.inputs.values.shape[0]
-    for stage in range(cta.plan.stages):
-        plgpu.copy_gmem_to_smem(
-            cta.inputs.values.at[jnp.int32(none), pl.ds(0, rows)],
-            cta.values.slots.at[stage, pl.ds(start, rows)],
-            cta.padding_full,
-        )
-    plgpu.barrier_wait(cta.padding_full)
-
-
 def _consume(cta: Cta, warpgroup: Any, out_ref: Any, lse_ref: Any, is_simulated: bool) -> None:
     """Attends from this warpgroup's rows of every item."""
-    plan, head_dim = cta.plan, cta.problem.cache.head_dim
+    plan = cta.plan
+    tiles = Tiles(cta.problem, plan.keys, cta.keys, cta.values, is_simulated)
+    sharing = Sharing(warpgroup, plan.consumers, cta.tail_clear)
 
     def visit(index, number, item, steps):
-        rows = _Rows.of(cta, warpgroup, number, item)
+        rows = _rows_of(cta, warpgroup, number, item)
         cta.query.await_full(index)
         query = cta.query.slots.at[cta.query.slot(index), warpgroup]
 
         def step(i, state, *, is_edge):
-            return _attend_tile(
-                cta, rows, query, item.visited(i), steps + i, state, is_edge, is_simulated
+            return tile.attend(
+                tiles, rows, sharing, query, item.visited(i), steps + i, state, is_edge=is_edge
             )
 
-        state = softmax.State(
-            plgpu.layout_cast(
-                jnp.full((WARPGROUP_ROWS,), softmax.FLOOR, jnp.float32), blocks.PER_ROW
-            ),
-            plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), 0.0, jnp.float32), blocks.PER_ROW),
-            plgpu.layout_cast(jnp.full((WARPGROUP_ROWS, head_dim), 0.0, jnp.float32), WGMMA),
-        )
+        state = tile.empty_state(cta.problem.cache.head_dim)
         num_masked = item.num_edges if plan.has_maskless_loop else item.num_visits
         state = lax.fori_loop(0, num_masked, partial(step, is_edge=True), state)
         if plan.has_maskless_loop:
@@ -195,122 +167,20 @@ def _store(cta: Cta, warpgroup: Any, state: softmax.State, out_ref: Any, lse_ref
     plgpu.copy_smem_to_gmem(cta.lse.at[warpgroup], lse_ref)
 
 
-class _Rows(NamedTuple):
-    """The query rows of a warpgroup: (WARPGROUP_ROWS,) each, spread over a tile only where used.
-
-    Wider values, kept over a loop, would cost registers that the accumulator needs.
-    """
-
-    warpgroup: Any
-    query_position: Any
-    kv_head: Any
-    slope: Any  # or None
-    seq_length: Any
-
-    @classmethod
-    def of(cls, cta: Cta, warpgroup: Any, number: Any, item: Item) -> "_Rows":
-        problem = cta.problem
-        part = remainder(number, cta.plan.parts) * cta.plan.consumers + warpgroup
-        row = (
-            plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=blocks.PER_ROW)
-            + part * WARPGROUP_ROWS
-        )
-        slope = None
-        if problem.variant.has_alibi:
-            source = cta.inputs.slopes.at[part]
-            slope = plgpu.load(source, layout=blocks.PER_ROW, optimized=False)
-        return cls(
-            warpgroup,
-            item.first_position + divide(row, problem.num_query_heads),
-            divide(remainder(row, problem.num_query_heads), problem.group),
-            slope,
-            item.seq_length,
-        )
-
-    def score(self, problem: Problem, keys: KeyTiles, dots: Any, tile: Any, is_edge: bool) -> Any:
-        """Masked scores, in units of log 2, of the dot products with a tile of keys."""
-        variant, shape = problem.variant, dots.shape
-        per_row = lambda x: lax.broadcast_in_dim(x, shape, (0,))
-        per_column = lambda x: lax.broadcast_in_dim(x, shape, (1,))
-        token, first_row = keys.origin(tile)
-        column = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=blocks.PER_COLUMN)
-        # held back here: what follows from it would leave the loop and stay in registers
-        row = lax.optimization_barrier(column) + first_row
-        query_position = per_row(self.query_position)
-        key_position = per_column(token + divide(row, keys.num_heads))
-        slope = None if self.slope is None else per_row(self.slope)
-        scores = variant.score(dots, query_position, key_position, slope, LOG2E)
-        is_seen = []
-        if keys.num_heads > 1:
-            is_seen.append(per_row(self.kv_head) == per_column(remainder(row, keys.num_heads)))
-        if not keys.is_exact:
-            is_seen.append(per_column(row) < keys.blocks_per_tile * keys.block_rows)
-        if is_edge:
-            is_seen.append(variant.keep(query_position, key_position, self.seq_length))
-        if not is_seen:
-            return scores
-        return jnp.where(reduce(operator.and_, is_seen), scores, softmax.MASK)
-
-
-def _clear_tail(cta: Cta, warpgroup: Any, slot: Any, valid_rows: Any) -> None:
-    """Zeroes value rows past the sequence: no one wrote them, and 0 * NaN is NaN.
-
-    Each consumer takes its share of the columns, then all meet.
-    """
-    plan, head_dim = cta.plan, cta.problem.cache.head_dim
-    width = swizzle_bytes(head_dim, cta.problem.cache.dtype) // cta.values.slots.dtype.itemsize
-    row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, width), 0, layout=WGMMA)
-    for column in range(0, head_dim, width):
-
-        @pl.when(warpgroup == column // width % plan.consumers)
-        def _(column=column):
-            for strip in range(0, plan.keys.rows, WARPGROUP_ROWS):
-                part = cta.values.slots.at[slot, pl.ds(strip, WARPGROUP_ROWS), pl.ds(column, width)]
-                values = plgpu.load(part, layout=WGMMA)
-                part[...] = jnp.where(row + strip < valid_rows, values, jnp.zeros_like(values))
-
-    plgpu.commit_smem()
-    if plan.consumers > 1:
-        plgpu.barrier_arrive(cta.tail_clear)
-        plgpu.barrier_wait(cta.tail_clear)
-
-
-def _attend_tile(
-    cta: Cta,
-    rows: _Rows,
-    query: Any,  # ref (WARPGROUP_ROWS, head_dim)
-    tile: Any,
-    step: Any,
-    state: softmax.State,
-    is_edge: bool,  # some query may not see some key of the tile
-    is_simulated: bool,
-) -> softmax.State:
-    """The state after one more tile of keys and values, that of `step`."""
-    keys = cta.plan.keys
-    matmul = partial(blocks.matmul, is_simulated=is_simulated)
-    slot = cta.keys.slot(step)
-    is_tail: Any = None
-    if is_edge:
-        token, first_row = keys.origin(tile)
-        valid_rows = (rows.seq_length - token) * keys.num_heads - first_row
-        is_tail = valid_rows < keys.rows
-
-        @pl.when(is_tail)
-        def _():  # first, while no scores take registers
-            cta.values.await_full(step)
-            _clear_tail(cta, rows.warpgroup, slot, valid_rows)
-
-    cta.keys.await_full(step)
-    dots = matmul(query, cta.keys.slots.at[slot], is_transposed=True)
-    cta.keys.release(step)
-    scores = rows.score(cta.problem, keys, dots, tile, is_edge)
-    m, l, decay, weights = softmax.weights_of(blocks.ROWS, state, scores)
-    acc = state.acc * blocks.ROWS.expand(decay, state.acc.shape)
-    if is_edge:
-        pl.when(jnp.logical_not(is_tail))(partial(cta.values.await_full, step))
-    else:
-        cta.values.await_full(step)
-    weights = weights.astype(cta.problem.cache.dtype)
-    acc = matmul(weights, cta.values.slots.at[slot], acc, is_transposed=False)
-    cta.values.release(step)
-    return softmax.State(m, l, acc)
+def _rows_of(cta: Cta, warpgroup: Any, number: Any, item: Item) -> Rows:
+    problem = cta.problem
+    part = remainder(number, cta.plan.parts) * cta.plan.consumers + warpgroup
+    row = (
+        plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=blocks.PER_ROW)
+        + part * WARPGROUP_ROWS
+    )
+    slope = None
+    if problem.variant.has_alibi:
+        source = cta.inputs.slopes.at[part]
+        slope = plgpu.load(source, layout=blocks.PER_ROW, optimized=False)
+    return Rows(
+        item.first_position + divide(row, problem.num_query_heads),
+        divide(remainder(row, problem.num_query_heads), problem.group),
+        slope,
+        item.seq_length,
+    )

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -96,8 +97,8 @@ def compile_for(arch: str, function: Any, *avals: Any, is_detailed: bool = False
         else:
             text = (folder / "output").read_text(errors="replace")
             starts = [m.start() for m in re.finditer("ptxas info .*Compiling entry", text)]
-            ends = [*starts[1:], len(text)]
-            kernels = [_assembled(text[i:j]) for i, j in zip(starts, ends, strict=True)]
+            bounds = itertools.pairwise([*starts, len(text)])
+            kernels = [_assembled(text[i:j]) for i, j in bounds]
     return Report(kernels, compiled)
 
 

@@ -1,0 +1,385 @@
+"""The kernel of decode: one query token per sequence, KV cut so that every SM gets as much.
+
+The roles are those of FlashAttention-3 (Shah et al., 2024), the cut is that of worklist.py.
+
+    CTA c walks its share of the line of tiles, piece after piece
+
+    producer    table -> block ids, one tile ahead -> TMA: query, K tile, V tile ... into rings
+    consumers   take turns with the tiles of a piece, each with a state of its own:
+                wait K | S = Q K' | free K | softmax | wait V | O += P V | free V
+                after the piece: one hands its state to the other through shared memory, and that
+                one stores (O, lse) -> shared memory -> TMA
+                    a sequence that is whole in this CTA: the result
+                    part of one: float32, for combine.py
+
+Where a token has more than 64 heads, each consumer has 64 of them and meets every tile.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core import softmax
+from ..core.problem import Problem
+from ..core.schedule import Schedule
+from . import blocks, combine, tile, worklist
+from .blocks import Ring, divide, pl, plgpu
+from .decode_plan import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    DecodePlan,
+    partial_width,
+    scratch,
+)
+from .plan import WARPGROUP_ROWS
+from .tile import Rows, Sharing, Tiles
+from .worklist import Part, Share, Stretch, WorkList
+
+
+class Inputs(NamedTuple):
+    """Refs in device memory."""
+
+    query: Any  # (batch, row_groups, query_rows, head_dim)
+    keys: Any  # (num_layers * num_blocks, rows_per_block, head_dim)
+    values: Any
+    table: Any  # int32 (batch, max_blocks_per_seq)
+    stretches: Any  # see WorkList
+    shares: Any
+    enabled: Any
+    layer: Any  # int32 (1,)
+    slopes: Any  # float32 (row_groups, WARPGROUP_ROWS)
+
+
+class Outputs(NamedTuple):
+    """Refs in device memory: results of whole sequences, and of pieces."""
+
+    out: Any  # (batch, row_groups, query_rows, head_dim)
+    lse: Any  # float32 (batch, row_groups, WARPGROUP_ROWS)
+    piece_out: Any  # float32 (places, row_groups, query_rows, partial_width)
+    piece_lse: Any  # float32 (places, row_groups, WARPGROUP_ROWS)
+
+
+class Piece(NamedTuple):
+    """Tiles of one sequence in one CTA."""
+
+    index: Any  # of the CTA's pieces
+    part: Part
+    following: Any  # the next piece's part, if known; past the last one of no use but harmless
+    seq_length: Any
+    steps: Any  # tiles of all pieces before
+    place: Any
+    is_whole: Any  # the sequence has no other piece
+
+
+class Cta(NamedTuple):
+    """What one CTA works with: the problem, device memory and shared memory."""
+
+    problem: Problem
+    plan: DecodePlan
+    is_simulated: bool
+    inputs: Inputs
+    outputs: Outputs
+    smem: dict[str, Any]
+
+    def ring(self, name: str) -> Ring:
+        return Ring(*(self.smem[f"{name}_{part}"] for part in ("smem", "full", "empty")))
+
+    def share(self) -> tuple[Share, Stretch]:
+        """This CTA's, and the stretch of its first sequence."""
+        row, num_fields = lax.axis_index("cta"), len(Share._fields)
+        read = lambda i: self.inputs.shares[row, i]
+        share = Share(*map(read, range(num_fields)))
+        stop = jnp.where(self.inputs.enabled[0] > 0, share.stop, share.start)
+        columns = range(num_fields, num_fields + len(Stretch._fields))
+        return share._replace(stop=stop), Stretch(*map(read, columns))
+
+    def loop(self, visit: Any, carry: Any, *, is_ahead: bool) -> tuple[Any, Any, Any]:
+        """`carry = visit(piece, carry)` for each piece: (pieces, tiles, carry).
+
+        is_ahead: the next piece is known in a visit, which takes registers, and read after it
+          otherwise.
+        """
+        share, stretch = self.share()
+
+        def body(state):
+            index, position, sequence, stretch, carry = state
+            read = partial(self._stretch, stretch.next)
+            stop = jnp.minimum(stretch.end, share.stop)
+            next_stretch, following = None, None
+            if is_ahead:
+                next_stretch = read()
+                next_stop = jnp.minimum(next_stretch.end, share.stop)
+                following = next_stretch.part(stretch.next, stop, next_stop)
+            piece = Piece(
+                index,
+                stretch.part(sequence, position, stop),
+                following,
+                stretch.seq_length,
+                position - share.start,
+                lax.axis_index("cta") + sequence,
+                (position == stretch.begin) & (stop == stretch.end),
+            )
+            carry = visit(piece, carry)
+            return index + 1, stop, stretch.next, next_stretch or read(), carry
+
+        state = (jnp.int32(0), share.start, share.sequence, stretch, carry)
+        state = lax.while_loop(lambda state: state[1] < share.stop, body, state)
+        return state[0], state[1] - share.start, state[-1]
+
+    def _stretch(self, sequence: Any) -> Stretch:
+        columns = range(len(Stretch._fields))
+        return Stretch(*(self.inputs.stretches[sequence, i] for i in columns))
+
+
+def attend(
+    problem: Problem,
+    plan: DecodePlan,
+    query: jax.Array,
+    key_pool: jax.Array,
+    value_pool: jax.Array,
+    block_table: jax.Array,
+    schedule: Schedule,
+    alibi_slopes: jax.Array | None,
+    layer: jax.Array,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
+    cache, heads = problem.cache, problem.num_query_heads
+    work = worklist.for_line(plan.line, problem.variant, schedule)
+    pool_rows = (cache.num_layers * cache.num_blocks, cache.rows_per_block, cache.head_dim)
+    padding = plan.rows - heads
+    query = jnp.pad(query.astype(cache.dtype), ((0, 0), (0, padding), (0, 0)))
+    inputs = Inputs(
+        query=query.reshape(-1, plan.row_groups, plan.query_rows, cache.head_dim),
+        keys=key_pool.reshape(pool_rows),
+        values=value_pool.reshape(pool_rows),
+        table=block_table,
+        stretches=work.stretches,
+        shares=work.shares,
+        enabled=work.enabled,
+        layer=layer.reshape(1),
+        slopes=_slope_of_rows(plan, heads, alibi_slopes),
+    )
+    call = partial(_attend, problem, plan, interpret)
+    out, lse = blocks.run_locally(call, inputs, work)
+    out = out.reshape(-1, plan.rows, cache.head_dim)[:, :heads]
+    return out, lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
+
+
+def _attend(
+    problem: Problem, plan: DecodePlan, interpret: Any, inputs: Inputs, work: WorkList
+) -> tuple[jax.Array, jax.Array]:
+    outputs = Outputs(*_main(problem, plan, interpret)(*inputs))
+    return combine.complete(plan, problem, outputs, work, interpret=interpret)
+
+
+def _slope_of_rows(plan: DecodePlan, heads: int, slopes: jax.Array | None) -> jax.Array:
+    shape = (plan.row_groups, WARPGROUP_ROWS)
+    if slopes is None:
+        return jnp.zeros(shape, jnp.float32)
+    padding = plan.row_groups * WARPGROUP_ROWS - heads
+    return jnp.pad(slopes.astype(jnp.float32), (0, padding)).reshape(shape)
+
+
+def _main(problem: Problem, plan: DecodePlan, interpret: Any) -> Any:
+    """The kernel, as a function of `Inputs` that returns `Outputs`."""
+    batch, head_dim = problem.cache.batch, problem.cache.head_dim
+    places = batch + plan.line.num_ctas
+    rows, lse_rows = (plan.row_groups, plan.query_rows), (plan.row_groups, WARPGROUP_ROWS)
+    array = jax.ShapeDtypeStruct
+    return blocks.kernel(
+        partial(_body, problem=problem, plan=plan, is_simulated=interpret is not None),
+        name="paged_decode",
+        cost=problem.cost,
+        out_type=Outputs(
+            array((batch, *rows, head_dim), problem.query_dtype),
+            array((batch, *lse_rows), jnp.float32),
+            array((places, *rows, partial_width(head_dim)), jnp.float32),
+            array((places, *lse_rows), jnp.float32),
+        ),
+        grid=(plan.line.num_ctas,),
+        grid_names=("cta",),
+        num_threads=plan.consumers + 1,
+        scratch_types=blocks.allocate(scratch(problem, plan)),
+        interpret=interpret,
+    )
+
+
+def _body(*refs: Any, problem: Problem, plan: DecodePlan, is_simulated: bool, **smem: Any) -> None:
+    num_inputs = len(Inputs._fields)
+    inputs, outputs = Inputs(*refs[:num_inputs]), Outputs(*refs[num_inputs:])
+    cta = Cta(problem, plan, is_simulated, inputs, outputs, smem)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == plan.consumers)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS[plan.consumers], action="decrease")
+        _produce(cta)
+
+    @pl.when(warpgroup < plan.consumers)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS[plan.consumers], action="increase")
+        _consume(cta, warpgroup)
+
+
+def _produce(cta: Cta) -> None:
+    """Brings the query and the tiles of every piece, in the order of the visits.
+
+    Block ids are read while the tile before is waited for, also those of the next piece.
+    """
+    plan, inputs = cta.plan, cta.inputs
+    query, keys, values = (cta.ring(name) for name in ("query", "key", "value"))
+    first_block = inputs.layer[0] * cta.problem.cache.num_blocks
+    if plan.keys.padding_rows:
+        tile.zero_padding(plan.keys, values, inputs.values, cta.smem["padding_full"])
+    ids_of = partial(blocks.block_ids, plan.keys, inputs.table, first_block, inputs.keys.shape[0])
+
+    def visit(piece: Piece, ids: Any) -> Any:
+        part, following = piece.part, piece.following
+        query.await_empty(piece.index)
+        slot = query.slot(piece.index)
+        for group in range(plan.row_groups):
+            rows = query.slots.at[slot, group, pl.ds(0, plan.query_rows)]
+            source = inputs.query.at[part.sequence, group]
+            plgpu.copy_gmem_to_smem(source, rows, query.full.at[slot])
+
+        def ids_after(i):
+            if not plan.reads_ahead:
+                return ()
+            is_last = i + 1 >= part.num_visits
+            either = lambda a, b: jnp.where(is_last, b, a)
+            after = Part(*map(either, part, following))
+            return ids_of(after, either(part.visited(i + 1), following.visited(0)))
+
+        def step(i, ids):
+            ids, next_ids = ids or ids_of(part, part.visited(i)), ids_after(i)
+            for ring, pool in ((keys, inputs.keys), (values, inputs.values)):
+                ring.await_empty(piece.steps + i)
+                blocks.copy_blocks(pool, ring, piece.steps + i, plan.keys, part.visited(i), ids)
+            return next_ids
+
+        return lax.fori_loop(0, part.num_visits, step, ids)
+
+    share, stretch = cta.share()
+    first = stretch.part(share.sequence, share.start, jnp.minimum(stretch.end, share.stop))
+    ids = ids_of(first, first.visited(0)) if plan.reads_ahead else ()
+    num_pieces, num_tiles, _ = cta.loop(visit, ids, is_ahead=plan.reads_ahead)
+    keys.drain(num_tiles)
+    values.drain(num_tiles)
+    query.drain(num_pieces)
+
+
+def _consume(cta: Cta, warpgroup: Any) -> None:
+    """Attends with this warpgroup's heads to its tiles of every piece."""
+    plan, problem = cta.plan, cta.problem
+    turn = warpgroup if plan.turns > 1 else jnp.int32(0)
+    group = warpgroup if plan.row_groups > 1 else jnp.int32(0)
+    query, keys, values = (cta.ring(name) for name in ("query", "key", "value"))
+    tiles = Tiles(problem, plan.keys, keys, values, cta.is_simulated)
+    sharing = Sharing(group, plan.row_groups, cta.smem["tail_clear"])
+
+    def visit(piece: Piece, _: Any) -> tuple[()]:
+        part = piece.part
+        rows = _rows_of(cta, group, piece.seq_length)
+        query.await_full(piece.index)
+        query_rows = query.slots.at[query.slot(piece.index), group]
+        # this consumer's visits are first, first + turns, ...
+        first = blocks.remainder(turn + piece.steps, plan.turns)
+        count = lambda stop: divide(jnp.maximum(stop - first, 0) + (plan.turns - 1), plan.turns)
+
+        def step(n, state, *, is_edge):
+            i = first + n * plan.turns
+            return tile.attend(
+                tiles, rows, sharing, query_rows, part.visited(i), piece.steps + i, state,
+                is_edge=is_edge,
+            )  # fmt: skip
+
+        num_masked = count(part.num_edges if plan.has_maskless_loop else part.num_visits)
+        state = tile.empty_state(problem.cache.head_dim)
+        state = lax.fori_loop(0, num_masked, partial(step, is_edge=True), state)
+        if plan.has_maskless_loop:
+            masked_too = partial(step, is_edge=False)
+            state = lax.fori_loop(num_masked, count(part.num_visits), masked_too, state)
+        query.release(piece.index)
+        if plan.turns > 1:
+            _exchange(cta, turn, piece, state)
+        else:
+            _store(cta, group, piece, state)
+        return ()
+
+    num_pieces, _, _ = cta.loop(visit, (), is_ahead=False)
+    plgpu.wait_smem_to_gmem(0)
+    if plan.turns > 1:
+
+        @pl.when((turn == 1) & (num_pieces > 0))
+        def _():
+            plgpu.barrier_wait(cta.smem["exchange_empty"])
+
+
+def _rows_of(cta: Cta, group: Any, seq_length: Any) -> Rows:
+    row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=blocks.PER_ROW)
+    slope = None
+    if cta.problem.variant.has_alibi:
+        source = cta.inputs.slopes.at[group]
+        slope = plgpu.load(source, layout=blocks.PER_ROW, optimized=False)
+    return Rows(
+        # of all rows; derived from them, for it has their layout then
+        query_position=seq_length - 1 + divide(row, WARPGROUP_ROWS),
+        kv_head=divide(row + group * WARPGROUP_ROWS, cta.problem.group),
+        slope=slope,
+        seq_length=seq_length,
+    )
+
+
+def _exchange(cta: Cta, turn: Any, piece: Piece, state: softmax.State) -> None:
+    """The second consumer hands its state over, the first one stores both together."""
+    smem = cta.smem
+    acc_smem, statistics_smem = smem["exchange_smem"], smem["statistics_smem"]
+
+    @pl.when(turn == 1)
+    def _():
+        pl.when(piece.index > 0)(lambda: plgpu.barrier_wait(smem["exchange_empty"]))
+        acc_smem[...] = state.acc
+        statistics_smem[0] = state.m
+        statistics_smem[1] = state.l
+        plgpu.barrier_arrive(smem["exchange_full"])
+
+    @pl.when(turn == 0)
+    def _():
+        plgpu.barrier_wait(smem["exchange_full"])
+        per_row = lambda i: plgpu.load(statistics_smem.at[i], layout=blocks.PER_ROW)
+        acc = plgpu.load(acc_smem, layout=blocks.WGMMA)
+        other = softmax.State(per_row(0), per_row(1), acc)
+        plgpu.barrier_arrive(smem["exchange_empty"])
+        _store(cta, jnp.int32(0), piece, softmax.join(blocks.ROWS, state, other))
+
+
+def _store(cta: Cta, group: Any, piece: Piece, state: softmax.State) -> None:
+    """Through shared memory, whose last contents must have left it."""
+    plan, outputs, head_dim = cta.plan, cta.outputs, cta.problem.cache.head_dim
+    result_smem, piece_smem = cta.smem["result_smem"]
+    lse_smem = cta.smem["lse_smem"]
+    heads = pl.ds(0, plan.query_rows)
+    out, lse = softmax.finish(blocks.ROWS, state)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    lse_smem[group] = lse
+
+    @pl.when(piece.is_whole)
+    def _():
+        result_smem[group] = out.astype(result_smem.dtype)
+        plgpu.commit_smem()
+        sequence = piece.part.sequence
+        plgpu.copy_smem_to_gmem(result_smem.at[group, heads], outputs.out.at[sequence, group])
+        plgpu.copy_smem_to_gmem(lse_smem.at[group], outputs.lse.at[sequence, group])
+
+    @pl.when(jnp.logical_not(piece.is_whole))
+    def _():
+        piece_smem[group] = out
+        plgpu.commit_smem()
+        target = outputs.piece_out.at[piece.place, group, :, pl.ds(0, head_dim)]
+        plgpu.copy_smem_to_gmem(piece_smem.at[group, heads], target)
+        plgpu.copy_smem_to_gmem(lse_smem.at[group], outputs.piece_lse.at[piece.place, group])

@@ -1,0 +1,137 @@
+"""The work list of GPU decode: every tile once, in equal shares, each piece in its own place."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_kv.kernels.core import schedule
+from paged_kv.kernels.core.problem import CacheShape
+from paged_kv.kernels.core.variant import Variant
+from paged_kv.kernels.gpu import decode_plan, worklist
+from paged_kv.kernels.gpu.worklist import Share, Stretch
+
+VARIANTS = [Variant(1.0), Variant(1.0, window=(100, 0))]
+CACHES = [
+    CacheShape(1, 4096, block_size, heads, head_dim, "bfloat16", 24, 512)
+    for block_size, heads, head_dim in [(16, 8, 128), (8, 1, 128), (24, 7, 64), (128, 66, 64)]
+]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def lists(cache, variant, num_ctas, lengths):
+    made_for = schedule.MadeFor.of(cache, 8, False, variant)
+    table = jnp.zeros((cache.batch, cache.max_blocks_per_seq), jnp.int32)
+    step = schedule.make(made_for, table, lengths, None)
+    line = decode_plan.Line(decode_plan.key_tiles(cache), num_ctas)
+    return worklist.make(line, variant, step)
+
+
+def random_lengths(rng, kind, batch):
+    if kind == 0:
+        return np.zeros(batch, np.int32)
+    if kind == 1:  # one alone
+        return np.where(np.arange(batch) == rng.integers(batch), 3000, 0).astype(np.int32)
+    most = (12, 3000)[kind - 2]
+    return np.where(rng.random(batch) < 0.3, 0, rng.integers(1, most, batch)).astype(np.int32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["causal", "window"])
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_every_tile_is_in_one_share(cache, variant):
+    rng = np.random.default_rng(3)
+    keys = decode_plan.key_tiles(cache)
+    for num_ctas in (4, 33):
+        for kind in range(4):
+            lengths = random_lengths(rng, kind, cache.batch)
+            work = jax.tree.map(np.asarray, lists(cache, variant, num_ctas, lengths))
+            tiles, places = walk(work)
+            first = lengths - 1 - (variant.left if variant.left is not None else lengths)
+            expected = {
+                (b, tile)
+                for b, length in enumerate(lengths)
+                for tile in range(
+                    int(keys.whole_before(np.int32(max(first[b], 0)))),
+                    int(keys.covering(np.int32(length))),
+                )
+                if length
+            }
+            assert sorted(tiles) == sorted(expected)  # none twice
+            pieces = {b: sorted(place for who, place in places if who == b) for b in range(24)}
+            for b, (start, count) in enumerate(work.pieces):
+                assert pieces[b] == list(range(start, start + count))
+            assert len({place for _, place in places}) == len(places)
+
+
+def walk(work):
+    """(sequence, tile) of every visit, and (sequence, place) of every piece, as the CTAs go."""
+    tiles, places, counts = [], [], []
+    for cta, row in enumerate(work.shares.tolist()):
+        share, stretch = Share(*row[:3]), Stretch(*row[3:])
+        position, sequence = share.start, share.sequence
+        while position < share.stop:
+            stop = min(stretch.end, share.stop)
+            part = stretch.part(sequence, position, stop)
+            visited = [int(part.visited(i)) for i in range(int(part.num_visits))]
+            assert len(visited) == stop - position
+            assert 0 <= int(part.num_edges) <= len(visited)
+            tiles += [(sequence, tile) for tile in visited]
+            places.append((sequence, cta + sequence))
+            position, sequence = stop, stretch.next
+            stretch = Stretch(*work.stretches[sequence].tolist())
+        counts.append(share.stop - share.start)
+    used = [count for count in counts if count]
+    assert not used or max(used) - min(used) <= 1
+    return tiles, places
+
+
+def test_small_work_is_not_cut_below_a_tile_for_each_consumer():
+    lengths = np.zeros(24, np.int32)
+    lengths[5] = 8 * 20  # tokens of 20 tiles
+    work = lists(CACHES[0], VARIANTS[0], 132, lengths)
+    counts = np.asarray(work.shares[:, 1] - work.shares[:, 0])
+    assert sorted(counts[counts > 0]) == [decode_plan.MIN_SHARE] * 10
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_edge_tiles_are_those_with_tokens_that_are_not_there(cache):
+    keys = decode_plan.key_tiles(cache)
+    lengths = np.arange(24, dtype=np.int32) * 37
+    work = lists(cache, VARIANTS[0], 4, lengths)
+    for length, row in zip(lengths, np.asarray(work.stretches), strict=True):
+        stretch = Stretch(*row.tolist())
+        assert stretch.full_stop == int(keys.whole_before(np.int32(length)))
+
+
+def test_a_schedule_carries_the_list_for_its_line_only():
+    cache = CACHES[0]
+    line = decode_plan.Line.of(cache)
+
+    @jax.jit
+    def traced(lengths):
+        made_for = schedule.MadeFor.of(cache, 8, False, VARIANTS[0])
+        step = schedule.make(made_for, jnp.zeros((24, 512), jnp.int32), lengths, None)
+        given = worklist.of_step(cache, 8, step)
+        step = replace(step, work={"mosaic_gpu": given})
+        assert worklist.for_line(line, VARIANTS[0], step) is given
+        other = decode_plan.Line(line.keys, 4)
+        assert worklist.for_line(other, VARIANTS[0], step).shares.shape[0] == 4
+        assert worklist.for_line(line, VARIANTS[1], step) is not given
+        return step
+
+    assert set(traced(jnp.full((24,), 50, jnp.int32)).work) == {"mosaic_gpu"}
+
+
+def test_a_step_of_another_kernel_has_no_list():
+    packed = schedule.MadeFor.of(CACHES[0], 8, True, VARIANTS[0])
+    step = schedule.Schedule(jnp.zeros((24,), jnp.int32), jnp.zeros((25,), jnp.int32), packed)
+    assert worklist.of_step(CACHES[0], 8, step) is None
+
+
+def test_where_a_condition_fails_there_is_nothing_to_do():
+    work = lists(CACHES[0], VARIANTS[0], 4, np.full(24, 9, np.int32))
+    assert int(work.only_if(jnp.bool_(True)).enabled[0]) == 1
+    assert int(work.only_if(jnp.bool_(False)).enabled[0]) == 0
