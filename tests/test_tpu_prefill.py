@@ -46,7 +46,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(plans, "ITEM_ROWS", 128)
     monkeypatch.setattr(plans, "PART_KEYS", 128)
     monkeypatch.setattr(plans, "TILE_PARTS", 2)
-    monkeypatch.setattr(plans, "MAX_ITEMS", 2)
+    monkeypatch.setattr(plans, "MAX_ITEMS", 4)
+    monkeypatch.setattr(plans, "GROUP_ITEMS", 2)
+    monkeypatch.setattr(plans, "_row_blocks", lambda problem: [2])
     jax.clear_caches()
 
 

@@ -72,6 +72,11 @@ def words(x: Array) -> Array:
     return pltpu.bitcast(x, jnp.int32)
 
 
+def rows_of(words: Array) -> Array:
+    """bfloat16 rows of words that hold two of them: the inverse of `words`."""
+    return pltpu.bitcast(words, jnp.bfloat16)
+
+
 def float16_numbers(bits: Array) -> Array:
     """float32 values of float16 bits in int16."""
     bits = bits.astype(jnp.int32)

@@ -1,15 +1,16 @@
 """Prefill on TPU: paged attention of many query tokens per sequence, bound by the matrix unit.
 
 A program takes a tile of whole query tokens of one sequence, all heads, and visits the tiles of
-keys that some of them sees: tiles that all of them see in one step without masks, others part by
+keys that some of them sees: tiles that all of them see in whole and without masks, others part by
 part with masks.  While a visit computes, it makes the next visit's raw rows ready, and starts the
-copies of the one after, also across programs.
+copies of the one after, share by share, also across programs.  Keys are a share ahead of values, as
+scores are of weights.
 
 Queries come in and results go out transposed, tokens on lanes; XLA does it in the pass that cuts
 packed tokens into tiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,16 +27,17 @@ from . import prefill_plan as plans
 from . import prefill_step as steps
 from .blocks import COMPILER_PARAMS, allocate, as_rows, table_windows
 from .plan import LANES, BlockRows
-from .prefill_plan import AHEAD, Chip, PrefillPlan
+from .prefill_plan import Chip, PrefillPlan
 from .prefill_prepare import Preparation
-from .prefill_step import Buffers, Chores, Step
+from .prefill_step import Buffers, Step
 from .prefill_visits import Programs, Visit, VisitCopies, following, programs_of
 
 ROWS = softmax.Rows(
     reduce=lambda op, x: op(x, axis=0, keepdims=True),
     expand=jnp.broadcast_to,
 )
-BLOCKS_AT_ONCE = 4  # copies started by one chore
+ONES = 0x3F803F80  # two bfloat16
+BLOCKS_AT_ONCE = 2  # whose copies are started one after the other
 
 
 def plan_of(problem: Problem) -> PrefillPlan | None:
@@ -164,21 +166,26 @@ def _kernel(problem: Problem, plan: PrefillPlan, is_interpreted: bool, *refs: An
     slopes = rest.pop(0) if problem.variant.has_alibi else None
     table, key_pool, value_pool, out, lse, *scratch = rest
     *work, raw_keys, raw_values, windows, key_copied, value_copied, window_copied = scratch
-    slots = AHEAD + 1
+    slots = plan.ahead + 1
     scores, tops, weights = work[:slots], work[slots : 2 * slots], work[2 * slots : 2 * slots + 2]
     buffers = Buffers(tuple(scores), tuple(tops), tuple(weights), *work[2 * slots + 2 :])
-    raw = raw_keys, raw_values
     copies = VisitCopies(
         problem,
         plan,
         programs,
         table,
         (key_pool, value_pool),
-        raw,
+        (raw_keys, raw_values),
         windows,
         (key_copied, value_copied, window_copied),
     )
-    preparation = Preparation(plan, raw, buffers.keys, buffers.values, is_interpreted)
+    preparation = Preparation(
+        plan,
+        programs,
+        copies,
+        (buffers.keys, buffers.values),
+        is_interpreted,
+    )
     kernel = _Kernel(problem, plan, programs, query, slopes, buffers, copies, preparation)
     i = pl.program_id(0)
 
@@ -203,130 +210,155 @@ def _kernel(problem: Problem, plan: PrefillPlan, is_interpreted: bool, *refs: An
 
 def _start(kernel: _Kernel, first: Visit) -> None:
     """Before the first visit: its tile is made ready, the second one's on its way."""
-    plan, copies = kernel.plan, kernel.copies
+    plan, copies, ready = kernel.plan, kernel.copies, kernel.preparation
+    values = kernel.buffers.values
     if plan.sums_on_matrix_unit:
-        ones = (plan.num_kv_heads, plan.value_rows - plan.head_dim, plan.tile_keys)
-        kernel.buffers.values[:, plan.head_dim :] = jnp.ones(ones, jnp.bfloat16)
+        shape = (*values.shape[:3], (plan.value_rows - plan.head_dim) // 2, plan.part_keys)
+        values[:, :, :, plan.head_dim // 2 :] = jnp.full(shape, ONES, jnp.int32)
     second = following(kernel.programs, first)
     copies.window(first).start()
     copies.window(second).start()
     for visit in (first, second):
         copies.window(visit).wait()
-        lax.fori_loop(0, plan.num_parts, partial(_copy_part, kernel, visit), None)
+        lax.fori_loop(0, plan.num_shares, partial(_copy_share, kernel, visit), None)
     copies.window(following(kernel.programs, second)).start()
-    copies.wait(first)
-    kernel.preparation.clear(kernel.programs, first)
-
-    def each(part: Any, _: None) -> None:
-        chores = Chores()
-        _add_preparation(kernel, chores, first, part)
-        chores.do(plan.num_items + 1, 1)
-
-    lax.fori_loop(0, plan.num_parts, each, None)
+    if plan.key_lead:
+        ready.arrived(0, first, 0)
+        for action in _making(kernel, 0, first, 0):
+            action()
+    lax.fori_loop(0, plan.num_shares, partial(_prepare, kernel, first, second), None)
 
 
-def _copy_part(kernel: _Kernel, visit: Visit, part: Any, _: None) -> None:
-    for block in range(kernel.plan.part_blocks):
-        kernel.copies.start(visit, part, block)
+def _copy_share(kernel: _Kernel, visit: Visit, share: Any, _: None) -> None:
+    for first in range(0, kernel.plan.share_blocks, BLOCKS_AT_ONCE):
+        _copy(kernel, visit, share, first)
 
 
 def _drain(kernel: _Kernel) -> None:
     """Waits for what was started for visits that never come."""
-    programs = kernel.programs
+    programs, plan, copies = kernel.programs, kernel.plan, kernel.copies
     i = programs.num_used[0] - 1
     tile = programs.stop_tile[i] - 1
     last = Visit(i, tile, programs.first_visit[i] + tile - programs.first_tile[i])
     started = following(programs, following(programs, last))
-    kernel.copies.wait(started)
-    kernel.copies.window(following(programs, started)).wait()
+    for kind in (0, 1):
+        for share in range(0 if kind else plan.key_lead, plan.num_shares):
+            copies.wait(kind, started, share)
+    copies.window(following(programs, started)).wait()
 
 
 def _visit(kernel: _Kernel, visit: Visit) -> None:
     plan, programs, i = kernel.plan, kernel.programs, visit.program
     second = following(programs, visit)
     third = following(programs, second)
-    kernel.copies.wait(second)
     kernel.copies.window(third).wait()
     kernel.copies.window(following(programs, third)).start()
-    kernel.preparation.clear(programs, second)
     first_key = visit.tile * plan.tile_keys
-    is_full = (programs.full_start[i] <= first_key) & (
-        first_key + plan.tile_keys <= programs.full_stop[i]
-    )
+    is_full = _is_full(kernel, i, visit.tile)
 
     @pl.when(is_full)
     def _() -> None:
-        chores = _chores(kernel, second, third, range(plan.num_parts))
-        steps.run(_step(kernel, visit, 0, plan.tile_keys, is_masked=False), chores)
+        follows = (visit.tile > programs.first_tile[i]) & _is_full(kernel, i, visit.tile - 1)
+        is_followed = (visit.tile + 1 < programs.stop_tile[i]) & _is_full(kernel, i, visit.tile + 1)
+        if not plan.key_lead:  # the next tile's keys are not there in time
+            follows, is_followed = jnp.bool(False), jnp.bool(False)
+        step = _step(kernel, visit, follows, 0, is_masked=False)
+        pl.when(~follows)(partial(steps.fill, step))
+
+        def each(share: Any, _: None) -> None:
+            targets = _arrive(kernel, second, third, share)
+            keys, values = (_making(kernel, kind, *targets[kind]) for kind in (0, 1))
+            copies = [
+                partial(_copy, kernel, third, share, first)
+                for first in range(0, plan.share_blocks, BLOCKS_AT_ONCE)
+            ]
+            steps.advance(step, share, steps.Chores(values, copies, keys))
+
+        lax.fori_loop(0, plan.num_shares, each, None)
+        pl.when(~is_followed)(partial(steps.drain, step))
 
     @pl.when(~is_full)
     def _() -> None:
+        lax.fori_loop(0, plan.num_shares, partial(_copy_share, kernel, third), None)
         start = lax.div(jnp.maximum(programs.kv_start[i] - first_key, 0), plan.part_keys)
         stop = jnp.minimum(programs.kv_stop[i] - first_key, plan.tile_keys)
         stop = lax.div(stop + (plan.part_keys - 1), plan.part_keys)
 
         def each(part: Any, _: None) -> None:
-            is_seen = (start <= part) & (part < stop)
+            step = _step(kernel, visit, False, part, is_masked=True)
+            steps.fill(step)
+            lax.fori_loop(
+                0, step.num_groups, lambda g, _: steps.advance(step, g, steps.Chores()), None
+            )
+            steps.drain(step)
 
-            @pl.when(is_seen)
-            def _() -> None:
-                step = _step(kernel, visit, part * plan.part_keys, plan.part_keys, is_masked=True)
-                steps.run(step, _chores(kernel, second, third, [part]))
-
-            @pl.when(~is_seen)
-            def _() -> None:
-                _chores(kernel, second, third, [part]).do(plan.num_items + 1, 1)
-
-        lax.fori_loop(0, plan.num_parts, each, None)
+        lax.fori_loop(start, stop, each, None)
+        # not before: the keys of the third visit's first share take this one's place
+        lax.fori_loop(0, plan.num_shares, partial(_prepare, kernel, second, third), None)
 
 
-def _chores(kernel: _Kernel, second: Visit, third: Visit, parts: Sequence[Any]) -> Chores:
-    """What a visit does for the two after it, in these parts of their tiles."""
-    chores = Chores()
-    for part in parts:
-        _add_copies(kernel, chores, third, part)
-    for part in parts:
-        _add_preparation(kernel, chores, second, part)
-    return chores
+def _is_full(kernel: _Kernel, program: Any, tile: Any) -> Any:
+    """Every query of the program sees the whole tile."""
+    first = tile * kernel.plan.tile_keys
+    stop = first + kernel.plan.tile_keys
+    programs = kernel.programs
+    return (programs.full_start[program] <= first) & (stop <= programs.full_stop[program])
 
 
-def _step(kernel: _Kernel, visit: Visit, first_key: Any, num_keys: int, *, is_masked: bool) -> Step:
-    programs, i = kernel.programs, visit.program
+def _arrive(kernel: _Kernel, second: Visit, third: Visit, share: Any) -> list[tuple[Visit, Any]]:
+    """The keys and the values that are made ready beside a share of a visit; waits for them."""
+    key_visit, key_share = second, share
+    if kernel.plan.key_lead:
+        is_last = share + 1 == kernel.plan.num_shares
+        key_visit = Visit(*(jnp.where(is_last, a, b) for a, b in zip(third, second, strict=True)))
+        key_share = jnp.where(is_last, 0, share + 1)
+    targets = [(key_visit, key_share), (second, share)]
+    for kind in (0, 1):
+        kernel.preparation.arrived(kind, *targets[kind])
+    return targets
+
+
+def _prepare(kernel: _Kernel, second: Visit, third: Visit, share: Any, _: None) -> None:
+    """Makes shares ready beside nothing."""
+    targets = _arrive(kernel, second, third, share)
+    for kind in (0, 1):
+        for action in _making(kernel, kind, *targets[kind]):
+            action()
+
+
+def _step(kernel: _Kernel, visit: Visit, follows: Any, first_part: Any, *, is_masked: bool) -> Step:
+    programs, plan, i = kernel.programs, kernel.plan, visit.program
     return Step(
-        kernel.plan,
+        plan,
         kernel.problem.variant,
         kernel.buffers,
         kernel.query,
         kernel.slopes,
         programs.first_position[i],
-        visit.tile * kernel.plan.tile_keys,
+        visit.slot,
+        jnp.where(follows, 1 - visit.slot, visit.slot),
+        visit.tile * plan.tile_keys,
         programs.kv_stop[i],
-        first_key,
-        num_keys,
+        first_part,
+        1 if is_masked else plan.num_parts,
         is_masked,
     )
 
 
-def _add_copies(kernel: _Kernel, chores: Chores, visit: Visit, part: Any) -> None:
-    """The copies of a part's blocks."""
-    blocks = range(kernel.plan.part_blocks)
-
-    def some(first: int) -> None:
-        for block in blocks[first : first + BLOCKS_AT_ONCE]:
-            kernel.copies.start(visit, part, block)
-
-    for first in blocks[::BLOCKS_AT_ONCE]:
-        chores.add(-AHEAD, partial(some, first))
+def _copy(kernel: _Kernel, visit: Visit, share: Any, first: int) -> None:
+    """Starts the copies of some of a share's blocks."""
+    for block in range(first, min(first + BLOCKS_AT_ONCE, kernel.plan.share_blocks)):
+        kernel.copies.start(visit, share, block)
 
 
-def _add_preparation(kernel: _Kernel, chores: Chores, visit: Visit, part: Any) -> None:
-    """Makes a part of the next visit's keys and values ready, a head when it is used no more."""
-    plan, ready = kernel.plan, kernel.preparation
-    for head in range(plan.num_kv_heads):
-        after = (head + 1) * plan.row_blocks
-        for first in range(0, plan.part_keys, LANES):
-            chores.add(after - AHEAD, partial(ready.keys_of, visit, part, head, first))
-            chores.add(after + 1, partial(ready.values_of, visit, part, head, first))
+def _making(kernel: _Kernel, kind: int, visit: Visit, share: Any) -> list[Callable[[], None]]:
+    """What makes a share's keys (0) or values (1) ready, LANES of a pair of heads at a time."""
+    ready = kernel.preparation
+    make = ready.values_of if kind else ready.keys_of
+    keys = range(0, kernel.plan.share_keys, LANES)
+    return [
+        partial(make, visit, share, pair, first) for first in keys for pair in range(ready.pairs)
+    ]
 
 
 def _finish(kernel: _Kernel, out: Any, lse: Any) -> None:

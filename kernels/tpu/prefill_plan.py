@@ -2,8 +2,9 @@
 
 A program of the prefill kernel has a tile of query tokens.  Per kv head its rows, (token, query
 head of the group), lie in `row_blocks` blocks of `ITEM_ROWS`; an item is one such block against a
-tile of keys.  Keys come in tiles of whole parts: tiles that every query sees are one step, others
-are stepped through part by part.  No Pallas import.
+tile of keys.  Keys come in tiles of whole parts: a tile that every query sees is taken in whole,
+others part by part.  Items go through the kernel in groups; while a group of a whole tile is
+computed, one share of another tile's parts is made ready.  No Pallas import.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from .plan import LANES, SMEM_BYTES, TABLE_WINDOW, Buffer, min_rows, round_up, v
 ITEM_ROWS = 256  # fills the width of a 256 x 256 matrix unit
 PART_KEYS = 256  # keys of a part
 TILE_PARTS = 4  # parts of a tile, where memory allows
-MAX_ITEMS = 16  # of a step: what compiles in time
+MAX_ITEMS = 32  # of a program
+MIN_ITEMS = 2  # weights of an item are computed beside the products of the last one's
+GROUP_ITEMS = 8  # of a group at a whole tile: what compiles in time
+PART_GROUP_ITEMS = 16  # of a group at a part
 MIN_TOKENS = 64  # query tokens per sequence, on average, below which items are mostly empty
-AHEAD = 3  # scores are computed so many items before their softmax
+AHEAD = 3  # scores are computed so many items before their softmax, where there are as many
 ACC_ROWS = 16  # of a bfloat16 register: rows of ones below the values, whose product is the sum
 SUBLANES = 8
 SCALAR_BYTES = 48  # of scalar memory, for what a program is told
@@ -61,21 +65,53 @@ class PrefillPlan:
         return self.num_kv_heads * self.row_blocks
 
     @property
+    def group_items(self) -> int:
+        """Items of a group at a whole tile; no more groups than parts."""
+        return min(self.num_items, max(GROUP_ITEMS, self.num_items // self.num_parts))
+
+    @property
+    def part_group_items(self) -> int:
+        return min(self.num_items, PART_GROUP_ITEMS)
+
+    @property
+    def ahead(self) -> int:
+        """Scores are computed so many items before their softmax."""
+        return min(AHEAD, self.group_items - 1)
+
+    @property
+    def num_shares(self) -> int:
+        """Shares of a tile, one for each group."""
+        return self.num_items // self.group_items
+
+    @property
+    def key_lead(self) -> int:
+        """Shares that keys are ahead of values: where there is one share, it comes too late."""
+        return min(1, self.num_shares - 1)
+
+    @property
+    def share_parts(self) -> int:
+        return self.num_parts // self.num_shares
+
+    @property
     def tile_keys(self) -> int:
         return self.part_keys * self.num_parts
 
     @property
-    def part_rows(self) -> int:
-        """(token, kv head) rows of a part."""
-        return self.part_keys * self.num_kv_heads
+    def share_keys(self) -> int:
+        return self.part_keys * self.share_parts
 
     @property
-    def part_blocks(self) -> int:
-        return self.part_keys // self.block_size
+    def share_rows(self) -> int:
+        """(token, kv head) rows of a share."""
+        return self.share_keys * self.num_kv_heads
+
+    @property
+    def share_blocks(self) -> int:
+        return self.share_keys // self.block_size
 
     @property
     def tile_blocks(self) -> int:
-        return self.part_blocks * self.num_parts
+        return self.share_blocks * self.num_shares
 
     @property
     def value_rows(self) -> int:
@@ -87,7 +123,7 @@ def plan_prefill(problem: Problem, chip: Chip) -> PrefillPlan | None:
     """The largest tiles that fit; None if the problem is none of this kernel."""
     if not _suits(problem):
         return None
-    for num_parts in range(TILE_PARTS, 0, -1):
+    for num_parts in (TILE_PARTS >> shift for shift in range(TILE_PARTS.bit_length())):
         for row_blocks in _row_blocks(problem):
             plan = _make(problem, chip, row_blocks, num_parts)
             is_small = plan.tile_blocks <= TABLE_WINDOW and TABLE_WINDOW % plan.tile_blocks == 0
@@ -114,10 +150,12 @@ def _suits(problem: Problem) -> bool:
 def _row_blocks(problem: Problem) -> list[int]:
     """Row blocks of a tile, best first: no more than an average sequence fills."""
     mean = -(-problem.num_tokens // problem.cache.batch)
-    most = max(1, MAX_ITEMS // problem.cache.num_kv_heads)
-    while most > 1 and most // 2 * (ITEM_ROWS // problem.group) >= mean:
+    heads = problem.cache.num_kv_heads
+    least = -(-MIN_ITEMS // heads)
+    most = max(least, MAX_ITEMS // heads)
+    while most > least and most // 2 * (ITEM_ROWS // problem.group) >= mean:
         most //= 2
-    return [most >> shift for shift in range(most.bit_length())]
+    return [most >> shift for shift in range(most.bit_length()) if most >> shift >= least]
 
 
 def _make(problem: Problem, chip: Chip, row_blocks: int, num_parts: int) -> PrefillPlan:
@@ -141,24 +179,29 @@ def _make(problem: Problem, chip: Chip, row_blocks: int, num_parts: int) -> Pref
 
 
 def prefill_scratch(plan: PrefillPlan) -> list[Buffer]:
-    """Scratch of the kernel, in order of `prefill.Scratch`."""
+    """Scratch of the kernel, in the order that `prefill._kernel` takes it apart."""
     rows, keys, items = plan.item_rows, plan.tile_keys, plan.num_items
-    raw = Buffer("vmem", (2, plan.num_parts * plan.part_rows, plan.head_dim), "bfloat16")
+    raw = Buffer("vmem", (2, plan.num_shares * plan.share_rows, plan.head_dim), "bfloat16")
     row = Buffer("vmem", (SUBLANES, rows), "float32")
+    # words of two rows: as bfloat16, registers would be stored and loaded by halves
+    key_part = plan.num_kv_heads, plan.part_keys // 2, plan.head_dim
+    value_part = plan.num_kv_heads, plan.value_rows // 2, plan.part_keys
     return [
-        *[Buffer("vmem", (keys, rows), "float32")] * (AHEAD + 1),
-        *[row] * (AHEAD + 1),
+        *[Buffer("vmem", (keys, rows), "float32")] * (plan.ahead + 1),
+        *[row] * (plan.ahead + 1),
         *[Buffer("vmem", (keys, rows), "bfloat16")] * 2,
+        row,
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, plan.value_rows, rows), "float32"),
         Buffer("vmem", (plan.row_blocks, plan.part_keys, rows), "float32"),
-        Buffer("vmem", (plan.num_kv_heads, keys, plan.head_dim), "bfloat16"),
-        Buffer("vmem", (plan.num_kv_heads, plan.value_rows, keys), "bfloat16"),
+        Buffer("vmem", (2, plan.num_parts, *key_part), "int32"),
+        Buffer("vmem", (2, plan.num_parts, *value_part), "int32"),
         raw,
         raw,
         Buffer("smem", (2, TABLE_WINDOW), "int32"),
-        *[Buffer("semaphore", (2,))] * 3,
+        *[Buffer("semaphore", (2, plan.num_shares))] * 2,
+        Buffer("semaphore", (2,)),
     ]
 
 
@@ -169,7 +212,7 @@ def prefill_buffers(problem: Problem, plan: PrefillPlan) -> list[Buffer]:
     out = Buffer("vmem", (2, items, plan.head_dim, rows), out_dtype(problem))
     lse = Buffer("vmem", (2, round_up(items, SUBLANES), rows), "float32")
     # about one register is spilled per register of scores
-    spills = Buffer("vmem", (items, plan.tile_keys, rows), "float32")
+    spills = Buffer("vmem", (plan.group_items, plan.tile_keys, rows), "float32")
     return [*prefill_scratch(plan), query, out, lse, spills]
 
 

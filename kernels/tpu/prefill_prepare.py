@@ -12,10 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .blocks import row_bits, words
+from .blocks import row_bits, rows_of, words
 from .plan import LANES
 from .prefill_plan import PrefillPlan
-from .prefill_visits import Programs, Visit
+from .prefill_visits import Programs, Visit, VisitCopies
 
 
 @dataclass(frozen=True)
@@ -23,80 +23,79 @@ class Preparation:
     """From raw tiles of rows to what the products take."""
 
     plan: PrefillPlan
-    raw: tuple[Any, Any]  # (2, tile rows, head_dim): keys, values
-    keys: Any  # (heads, tile keys, head_dim)
-    values: Any  # (heads, value rows, tile keys)
+    programs: Programs
+    copies: VisitCopies
+    tiles: tuple[Any, Any]  # words, (2, parts, heads, ...): keys, values
     is_interpreted: bool
 
-    def keys_of(self, visit: Visit, part: Any, head: int, first: int) -> None:
-        """Prepares keys [first, first + LANES) of a part."""
-        at = self._columns(part, first)
-        self.keys[head, at] = self._rows(self.raw[0], visit, part, head, first)
+    @property
+    def pairs(self) -> int:
+        """Pairs of heads that share words."""
+        return max(self.plan.num_kv_heads // 2, 1)
 
-    def values_of(self, visit: Visit, part: Any, head: int, first: int) -> None:
-        """Prepares values [first, first + LANES) of a part."""
-        at = self._columns(part, first)
-        rows = self._rows(self.raw[1], visit, part, head, first)
-        self.values[head, : self.plan.head_dim, at] = rows.T
+    def arrived(self, kind: int, visit: Visit, share: Any) -> None:
+        """Waits for the raw rows of a share, of keys (kind 0) or of values (1)."""
+        self.copies.wait(kind, visit, share)
+        self._clear(kind, visit, share)
 
-    def _columns(self, part: Any, first: int) -> Any:
-        return pl.ds(pl.multiple_of(part * self.plan.part_keys + first, LANES), LANES)
+    def keys_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
+        """Prepares keys [first, first + LANES) of a share."""
+        part, at = divmod(first, self.plan.part_keys)
+        part += share * self.plan.share_parts
+        for head, rows in enumerate(self._rows(0, visit, share, pair, first), 2 * pair):
+            self.tiles[0][visit.slot, part, head, at // 2 : (at + LANES) // 2] = rows
 
-    def _rows(self, raw: Any, visit: Visit, part: Any, head: int, first: int) -> Any:
-        """(LANES, head_dim) of one head."""
-        heads, slot = self.plan.num_kv_heads, visit.slot
+    def values_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
+        """Prepares values [first, first + LANES) of a share."""
+        part, at = divmod(first, self.plan.part_keys)
+        part += share * self.plan.share_parts
+        n = self.plan.head_dim // 2
+        for head, rows in enumerate(self._rows(1, visit, share, pair, first), 2 * pair):
+            self.tiles[1][visit.slot, part, head, :n, at : at + LANES] = words(rows_of(rows).T)
+
+    def _rows(self, kind: int, visit: Visit, share: Any, pair: int, first: int) -> list[Any]:
+        """(LANES, head_dim) of each head of a pair, as words."""
+        raw, heads, slot = self.copies.raw[kind], self.plan.num_kv_heads, visit.slot
         if heads == 1:
-            return raw[slot, self._columns(part, first)]
-        word, per_token = first * heads // 2 + head // 2, heads // 2
+            n = self.plan.share_keys
+            return [words(raw[slot, pl.ds(pl.multiple_of(share * n + first, LANES), LANES)])]
+        word, per_token = first * heads // 2 + pair, heads // 2
         even, odd = (
-            self._words(raw, slot, part, at, 2 * per_token) for at in (word, word + per_token)
+            self._words(raw, slot, share, at, 2 * per_token) for at in (word, word + per_token)
         )
-        if head % 2:
-            both = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))
-        else:
-            both = (even & jnp.uint32(0xFFFF)) | (odd << 16)
-        return pltpu.bitcast(both, jnp.bfloat16)
+        return [
+            (even & 0xFFFF) | (odd << 16),
+            lax.shift_right_logical(even, 16) | (odd & -0x10000),
+        ]
 
-    def _words(self, raw: Any, slot: Any, part: Any, first: int, stride: int) -> Any:
-        """Every `stride`-th word of a part from the first on, LANES // 2 of them."""
+    def _words(self, raw: Any, slot: Any, share: Any, first: int, stride: int) -> Any:
+        """Every `stride`-th word of a share from the first on, LANES // 2 of them."""
         if self.is_interpreted:  # it cannot load a part of a retyped buffer
-            n = self.plan.part_rows
-            rows = pltpu.bitcast(raw[slot, pl.ds(pl.multiple_of(part * n, n), n)], jnp.uint32)
+            n = self.plan.share_rows
+            rows = pltpu.bitcast(raw[slot, pl.ds(pl.multiple_of(share * n, n), n)], jnp.int32)
             return rows[first : first + LANES // 2 * stride : stride]
-        n = self.plan.part_rows // 2
-        rows = raw.bitcast(jnp.uint32).at[slot, pl.ds(pl.multiple_of(part * n, n), n)]
+        n = self.plan.share_rows // 2
+        rows = raw.bitcast(jnp.int32).at[slot, pl.ds(pl.multiple_of(share * n, n), n)]
         return rows[pl.ds(first, LANES // 2, stride=stride)]
 
-    def clear(self, programs: Programs, visit: Visit) -> None:
+    def _clear(self, kind: int, visit: Visit, share: Any) -> None:
         """Zeros raw rows that hold no key of the sequence: NaN survives a weight of 0.
 
-        Only parts that hold both kinds need it; parts without a key are not looked at.
+        Only shares that hold both kinds, or none, need it.
         """
         plan, i = self.plan, visit.program
-        first = visit.tile * plan.tile_keys
-        start, stop = programs.kv_start[i] - first, programs.seq_length[i] - first
-
-        def each(part: Any, _: None) -> None:
-            low = part * plan.part_keys
-            high = low + plan.part_keys
-            is_mixed = ((low < start) & (start < high)) | ((low < stop) & (stop < high))
-
-            @pl.when(is_mixed)
-            def _() -> None:
-                for raw in self.raw:
-                    self._clear_part(raw.at[visit.slot], low, start, stop)
-
-        lax.fori_loop(0, plan.num_parts, each, None)
-
-    def _clear_part(self, raw: Any, low: Any, start: Any, stop: Any) -> None:
-        heads = self.plan.num_kv_heads
-        first = low * heads
+        first = visit.tile * plan.tile_keys + share * plan.share_keys
+        start, stop = self.programs.kv_start[i] - first, self.programs.seq_length[i] - first
+        raw, heads = self.copies.raw[kind].at[visit.slot], plan.num_kv_heads
 
         def each(chunk: Any, _: None) -> None:
-            at = pl.multiple_of(first + chunk * LANES, LANES)
-            row_start, row_stop = start * heads - at, stop * heads - at
-            rows = raw[pl.ds(at, LANES)]
+            row = chunk * LANES
+            at = pl.ds(pl.multiple_of(share * plan.share_rows + row, LANES), LANES)
+            row_start, row_stop = start * heads - row, stop * heads - row
+            rows = raw[at]
             bits = row_bits(rows.shape, 2, lambda row: (row >= row_start) & (row < row_stop))
-            raw[pl.ds(at, LANES)] = pltpu.bitcast(words(rows) & bits, rows.dtype)
+            raw[at] = pltpu.bitcast(words(rows) & bits, rows.dtype)
 
-        lax.fori_loop(0, self.plan.part_rows // LANES, each, None)
+        @pl.when((start > 0) | (stop < plan.share_keys))
+        def _() -> None:
+            lax.fori_loop(0, plan.share_rows // LANES, each, None)

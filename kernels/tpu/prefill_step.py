@@ -1,13 +1,15 @@
-"""One step of a prefill: all items of a query tile against a tile, or a part, of prepared keys.
+"""The steps of a prefill: the items of a query tile against a tile, or a part, of prepared keys.
 
 Scores are transposed, keys on sublanes and query rows on lanes: `S^T = K Q^T` with the queries
 stationary in the matrix unit and `O^T += V^T P^T` with the weights stationary, which fills it both
 ways; maximum and sum need no reduction over lanes.  Items are skewed in one basic block: the scores
-of an item are computed `AHEAD` items before its softmax, its values one item after.
+of an item are computed `plan.ahead` items before its softmax, its values one item after.  Groups of
+items, and tiles that follow each other in whole, are one such stream: `fill` begins it, `advance`
+goes on by a group, `drain` ends it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,10 +18,9 @@ from jax.experimental import pallas as pl
 
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
-from .plan import LANES
-from .prefill_plan import AHEAD, SUBLANES, PrefillPlan
+from .blocks import rows_of
+from .prefill_plan import SUBLANES, PrefillPlan
 
-CHUNK = 256  # keys of one product
 SUB = 128  # keys of one piece of a softmax
 LAG = 1  # pieces of new scores that a piece of a softmax stays behind
 UNSEEN = 3e38  # above any score
@@ -28,22 +29,23 @@ UNSEEN = 3e38  # above any score
 class Buffers(NamedTuple):
     """Scratch that steps work in."""
 
-    scores: tuple[Any, ...]  # (keys, rows) each
+    scores: tuple[Any, ...]  # (tile keys, rows) each
     tops: tuple[Any, ...]  # (SUBLANES, rows): their maximum
-    weights: tuple[Any, ...]  # (keys, rows)
+    weights: tuple[Any, ...]  # (tile keys, rows)
+    decay: Any  # (SUBLANES, rows): of the last item's values
     m: Any  # (items, SUBLANES, rows)
     l: Any  # sums by sublane; unused where the matrix unit sums
     acc: Any  # (items, value rows, rows)
     limits: Any  # (row blocks, part keys, rows): the most a score may be
-    keys: Any
-    values: Any
+    keys: Any  # words, (2, parts, heads, part keys / 2, head_dim)
+    values: Any  # words, (2, parts, heads, value rows / 2, part keys)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Keys [first_key, first_key + num_keys) of a prepared tile, for every item.
+    """Parts [first_part, first_part + num_parts) of a prepared tile, for every item.
 
-    first_key is a multiple of a part's keys; is_masked: some query does not see some of them.
+    is_masked: some query does not see some of the keys; a stream of such a step ends with it.
     """
 
     plan: PrefillPlan
@@ -52,24 +54,31 @@ class Step:
     query: Any  # (items, head_dim, rows)
     slopes: Any  # (heads, rows) or None
     first_position: Any  # of the query tile
+    slot: Any  # where the tile is
+    slot_before: Any  # where the tile before is, if the stream began there; else as `slot`
     tile_position: Any  # of the tile's first key
     kv_stop: Any
-    first_key: Any
-    num_keys: int
+    first_part: Any
+    num_parts: int
     is_masked: bool
 
-    def at(self, first: int, count: int) -> Any:
-        return pl.ds(pl.multiple_of(self.first_key + first, LANES), count)
+    @property
+    def group_items(self) -> int:
+        return self.plan.part_group_items if self.is_masked else self.plan.group_items
 
-    def query_positions(self, row_block: int) -> Any:
+    @property
+    def num_groups(self) -> int:
+        return self.plan.num_items // self.group_items
+
+    def query_positions(self, row_block: Any) -> Any:
         """Positions of an item's rows, (1, rows)."""
         row = lax.broadcasted_iota(jnp.int32, (1, self.plan.item_rows), 1)
         token = lax.div(row, jnp.int32(self.plan.group))
         return self.first_position + row_block * self.plan.item_tokens + token
 
-    def key_positions(self, first: int, shape: tuple[int, int]) -> Any:
+    def key_positions(self, first: Any, shape: tuple[int, int]) -> Any:
         key = lax.broadcasted_iota(jnp.int32, shape, 0)
-        return self.tile_position + self.first_key + first + key
+        return self.tile_position + self.first_part * self.plan.part_keys + first + key
 
 
 def scales_late(variant: Variant) -> bool:
@@ -78,52 +87,80 @@ def scales_late(variant: Variant) -> bool:
     return is_linear and 1e-6 < variant.scale < 1e6
 
 
-class Chores:
-    """Small actions to be spread over a step, each as soon as it may be done."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, Callable[[], None]]] = []
-
-    def add(self, earliest: int, action: Callable[[], None]) -> None:
-        """Does `action` not before the steps of item `earliest` begin."""
-        self._waiting.append((earliest, action))
-
-    def do(self, now: int, share: float) -> None:
-        """Does some: `share` is what part of the step remains, this turn included."""
-        ready = sorted((e for e in self._waiting if e[0] <= now), key=lambda entry: entry[0])
-        for entry in ready[: -(-len(self._waiting) // max(int(share), 1))]:
-            self._waiting.remove(entry)
-            entry[1]()
-
-
-def run(step: Step, chores: Chores) -> None:
-    """Takes the keys in, for every item; `chores` are done on the way."""
+def fill(step: Step) -> None:
+    """Begins a stream: the scores of the first items; what stands for the item before has weight 0."""
     if step.is_masked:
         _store_limits(step)
-    num_items = step.plan.num_items
-    chunks = range(0, step.num_keys, min(CHUNK, step.num_keys))
-    turns = (num_items + AHEAD + 1) * len(chunks)
-    values = None
-    for u in range(-AHEAD, num_items + 1):
-        scores = _Scores(step, u + AHEAD) if u + AHEAD < num_items else None
-        weights = _Weights(step, u) if 0 <= u < num_items else None
-        for first in chunks:
-            if scores is not None:
-                scores.multiply(first)
-            for key in range(first, first + min(CHUNK, step.num_keys), SUB):
-                if scores is not None:
-                    scores.store(key)
-                if weights is not None:
-                    weights.weigh(key, scores)
-            if values is not None:
-                values.multiply(first)
-            chores.do(u, turns)
-            turns -= 1
+    buffers, plan = step.buffers, step.plan
+    buffers.decay[...] = jnp.ones(buffers.decay.shape, jnp.float32)
+    keys = step.num_parts * plan.part_keys
+    buffers.weights[1][:keys] = jnp.zeros((keys, plan.item_rows), buffers.weights[1].dtype)
+    for item in range(plan.ahead):
+        scores = _Scores(step, item, item)
+        for part in range(step.num_parts):
+            scores.multiply(part)
+            for piece in range(0, plan.part_keys, SUB):
+                scores.store(part, piece)
+        scores.finish()
+
+
+class Chores(NamedTuple):
+    """What a group does on the way, in this order.
+
+    It lies between the products in the program, and the compiler keeps it there: it cannot tell
+    what it writes from what the products read.  So none of it piles up behind the group.
+    """
+
+    values: list[Callable[[], None]] = []  # may take the place of those of the tile before
+    copies: list[Callable[[], None]] = []
+    keys: list[Callable[[], None]] = []  # may take the place of those of this tile
+
+    def by_turn(self, step: Step) -> list[list[Callable[[], None]]]:
+        """Actions after each product with values: those of a kind from a turn on, one each."""
+        count = step.group_items * step.num_parts
+        keys_read = (step.group_items - step.plan.ahead) * step.num_parts
+        turns: list[list[Callable[[], None]]] = [[] for _ in range(count)]
+        first = min(step.num_parts, keys_read)  # when the last tile's values have been read
+        middle = first + min(len(self.values), (keys_read - first + 1) // 2)
+        for actions, start, stop in (
+            (self.values, first, middle),
+            (self.copies, middle, keys_read),
+            (self.keys, keys_read, min(keys_read + len(self.keys), count)),
+        ):
+            for i, action in enumerate(actions):
+                turns[min(start + i * (stop - start) // len(actions), count - 1)].append(action)
+        return turns
+
+
+def advance(step: Step, group: Any, chores: Chores) -> None:
+    """Takes the keys in for the items of a group; `chores` are done on the way."""
+    plan, count = step.plan, step.group_items
+    first = group * count
+    actions = chores.by_turn(step)
+    values = _Values(step, first - 1, 1, step.buffers.decay[...])
+    for u in range(count):
+        scores = _Scores(step, first + u + plan.ahead, (u + plan.ahead) % (plan.ahead + 1))
+        weights = _Weights(step, first + u, u)
+        for part in range(step.num_parts):
+            scores.multiply(part)
+            for piece in range(0, plan.part_keys, SUB):
+                scores.store(part, piece)
+                weights.weigh(part, piece, scores)
+            values.multiply(part)
+            for action in actions[u * step.num_parts + part]:
+                action()
         for stage in (scores, weights, values):
-            if stage is not None:
-                stage.finish()
-        values = _Values(step, u, weights.decay) if weights is not None else None
-    chores.do(num_items + 1, 1)
+            stage.finish()
+        values = _Values(step, first + u, u % 2, weights.decay)
+    step.buffers.decay[...] = values.decay
+
+
+def drain(step: Step) -> None:
+    """Ends a stream: the values of the last item."""
+    values = _Values(step, step.plan.num_items - 1, 1, step.buffers.decay[...])
+    for part in range(step.num_parts):
+        values.multiply(part)
+    values.finish()
 
 
 def _store_limits(step: Step) -> None:
@@ -131,70 +168,78 @@ def _store_limits(step: Step) -> None:
     shape = (SUB, plan.item_rows)
     for block in range(plan.row_blocks):
         query_position = step.query_positions(block)
-        for first in range(0, step.num_keys, SUB):
+        for first in range(0, plan.part_keys, SUB):
             keep = step.variant.keep(query_position, step.key_positions(first, shape), step.kv_stop)
             limits = jnp.where(keep, UNSEEN, softmax.MASK)
             step.buffers.limits[block, first : first + SUB] = limits
 
 
 class _Scores:
-    """The scores of an item, and their running maximum."""
+    """The scores of an item, and their running maximum; past the last item, of the next tile."""
 
-    def __init__(self, step: Step, item: int) -> None:
-        self.step, self.item = step, item
-        self.head, self.block = divmod(item, step.plan.row_blocks)
-        self.slot = item % (AHEAD + 1)
+    def __init__(self, step: Step, item: Any, score_slot: int) -> None:
+        plan = step.plan
+        self.score_slot = score_slot
+        is_next = item >= plan.num_items
+        self.item = jnp.where(is_next, item - plan.num_items, item)
+        if not step.is_masked:
+            step = replace(
+                step,
+                slot=jnp.where(is_next, 1 - step.slot, step.slot),
+                tile_position=step.tile_position + jnp.where(is_next, plan.tile_keys, 0),
+            )
+        self.step = step
+        self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
+        self.block = lax.rem(self.item, jnp.int32(plan.row_blocks))
         self.tops: list[Any] = []  # after each piece
-        self.chunk = (0, None)
+        self.dots: Any = None  # of a part
 
-    def multiply(self, first: int) -> None:
+    def multiply(self, part: int) -> None:
         step = self.step
-        count = min(CHUNK, step.num_keys)
-        keys = step.buffers.keys[self.head, step.at(first, count)]
-        dots = jnp.dot(keys, step.query[self.item], preferred_element_type=jnp.float32)
-        self.chunk = (first, dots)
+        keys = rows_of(step.buffers.keys[step.slot, step.first_part + part, self.head])
+        self.dots = jnp.dot(keys, step.query[self.item], preferred_element_type=jnp.float32)
 
-    def store(self, key: int) -> None:
-        first, dots = self.chunk
-        assert dots is not None, "multiply() comes first"
-        scores = self._score(dots[key - first : key - first + SUB], key)
-        self.step.buffers.scores[self.slot][key : key + SUB] = scores
+    def store(self, part: int, piece: int) -> None:
+        key = part * self.step.plan.part_keys + piece
+        scores = self._score(self.dots[piece : piece + SUB], key, piece)
+        self.step.buffers.scores[self.score_slot][key : key + SUB] = scores
         top = _over_sublanes(scores, jnp.max)
         self.tops.append(jnp.maximum(self.tops[-1], top) if self.tops else top)
 
-    def _score(self, dots: Any, key: int) -> Any:
+    def _score(self, dots: Any, key: int, piece: int) -> Any:
         step = self.step
         if not scales_late(step.variant):
             query_position = step.query_positions(self.block)
             key_position = step.key_positions(key, dots.shape)
-            slope = None if step.slopes is None else step.slopes[self.head : self.head + 1]
+            slope = None if step.slopes is None else step.slopes[pl.ds(self.head, 1)]
             dots = step.variant.score(dots, query_position, key_position, slope, LOG2E)
         if step.is_masked:
-            dots = jnp.minimum(dots, step.buffers.limits[self.block, key : key + SUB])
+            dots = jnp.minimum(dots, step.buffers.limits[self.block, piece : piece + SUB])
         return dots
 
     def finish(self) -> None:
-        self.step.buffers.tops[self.slot][...] = self.tops[-1]
+        self.step.buffers.tops[self.score_slot][...] = self.tops[-1]
 
 
 class _Weights:
     """The weights of an item, with the maximum of all keys so far."""
 
-    def __init__(self, step: Step, item: int) -> None:
+    def __init__(self, step: Step, item: Any, u: int) -> None:
         self.step, self.item = step, item
         buffers, variant = step.buffers, step.variant
-        self.scores = buffers.scores[item % (AHEAD + 1)]
-        self.weights = buffers.weights[item % 2]
-        top = jnp.max(buffers.tops[item % (AHEAD + 1)][...], axis=0, keepdims=True)
+        slot = u % (step.plan.ahead + 1)
+        self.scores, self.weights = buffers.scores[slot], buffers.weights[u % 2]
+        top = jnp.max(buffers.tops[slot][...], axis=0, keepdims=True)
         before = buffers.m[item]
         self.m = jnp.maximum(before, jnp.broadcast_to(top, before.shape))
         buffers.m[item] = self.m
         self.decay = jnp.exp2(exponent(variant, before - self.m))
         self.l = None if step.plan.sums_on_matrix_unit else buffers.l[item] * self.decay
 
-    def weigh(self, key: int, ahead: _Scores | None) -> None:
+    def weigh(self, part: int, piece: int, ahead: _Scores) -> None:
+        key = part * self.step.plan.part_keys + piece
         m, shape = self.m, (SUB // SUBLANES, SUBLANES, self.step.plan.item_rows)
-        if ahead is not None and len(ahead.tops) > LAG:
+        if len(ahead.tops) > LAG:
             # changes nothing, but keeps the softmax behind the products of the scores ahead
             tie = jnp.where(ahead.tops[-1 - LAG] > 0, softmax.MASK, 2 * softmax.MASK)
             m = jnp.maximum(m, tie)
@@ -211,17 +256,22 @@ class _Weights:
 
 
 class _Values:
-    """The weighted values of an item."""
+    """The weighted values of an item; before the first item, of the last one of the tile before."""
 
-    def __init__(self, step: Step, item: int, decay: Any) -> None:
-        self.step, self.item = step, item
-        self.head = item // step.plan.row_blocks
-        self.acc = step.buffers.acc[item] * decay[:1]
+    def __init__(self, step: Step, item: Any, weight_slot: int, decay: Any) -> None:
+        plan = step.plan
+        is_before = item < 0
+        self.step, self.decay = step, decay
+        self.weights = step.buffers.weights[weight_slot]
+        self.slot = jnp.where(is_before, step.slot_before, step.slot)
+        self.item = jnp.where(is_before, item + plan.num_items, item)
+        self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
+        self.acc = step.buffers.acc[self.item] * decay[:1]
 
-    def multiply(self, first: int) -> None:
-        buffers, count = self.step.buffers, min(CHUNK, self.step.num_keys)
-        values = buffers.values[self.head, :, self.step.at(first, count)]
-        weights = buffers.weights[self.item % 2][first : first + count]
+    def multiply(self, part: int) -> None:
+        buffers, count = self.step.buffers, self.step.plan.part_keys
+        values = rows_of(buffers.values[self.slot, self.step.first_part + part, self.head])
+        weights = self.weights[part * count : (part + 1) * count]
         self.acc += jnp.dot(values, weights, preferred_element_type=jnp.float32)
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 A visit is a query tile at a tile of keys; programs go through all of them in one order, across the
 bounds of programs.  While a visit computes, the blocks of the one after the next arrive, and the
-slice of the table for the one after that.  All copies of a visit have one size, so that a wait
+slice of the table for the one after that.  All copies of a share have one size, so that a wait
 needs no count: where no key is used, the table names some block of the pool.
 """
 
@@ -94,7 +94,7 @@ class VisitCopies:
     pools: tuple[Any, Any]  # HBM, (layers, blocks, rows, head_dim): keys, values
     raw: tuple[Any, Any]  # VMEM, (2, tile rows, head_dim)
     windows: Any  # SMEM, (2, TABLE_WINDOW)
-    semaphores: tuple[Any, Any, Any]  # of keys, values, windows
+    semaphores: tuple[Any, Any, Any]  # of keys and values, (2, shares), and of windows, (2,)
 
     def window(self, visit: Visit) -> Any:
         """The copy of the slice of the table that names a visit's blocks."""
@@ -108,11 +108,11 @@ class VisitCopies:
             self.semaphores[2].at[visit.slot],
         )
 
-    def start(self, visit: Visit, part: Any, block: int) -> None:
-        """Starts the copies of block `block` of a part; the visit's window must be there."""
+    def start(self, visit: Visit, share: Any, block: int) -> None:
+        """Starts the copies of block `block` of a share; the visit's window must be there."""
         plan, slot = self.plan, visit.slot
         n = plan.block_size * plan.num_kv_heads
-        index = part * plan.part_blocks + block
+        index = share * plan.share_blocks + block
         entry = lax.rem(visit.tile * plan.tile_blocks, TABLE_WINDOW) + index
         physical_block = self.windows[slot, entry]
         target = pl.ds(pl.multiple_of(index * n, n), n)
@@ -120,11 +120,11 @@ class VisitCopies:
             pltpu.make_async_copy(
                 pool.at[self.programs.layer[0], physical_block],
                 raw.at[slot, target],
-                semaphore.at[slot],
+                semaphore.at[slot, share],
             ).start()
 
-    def wait(self, visit: Visit) -> None:
-        """Waits for all blocks of a visit."""
-        for raw, semaphore in zip(self.raw, self.semaphores[:2], strict=True):
-            tile = raw.at[visit.slot]
-            pltpu.make_async_copy(tile, tile, semaphore.at[visit.slot]).wait()
+    def wait(self, kind: int, visit: Visit, share: Any) -> None:
+        """Waits for all blocks of a share, of keys (kind 0) or of values (1)."""
+        n = self.plan.share_rows
+        rows = self.raw[kind].at[visit.slot, pl.ds(pl.multiple_of(share * n, n), n)]
+        pltpu.make_async_copy(rows, rows, self.semaphores[kind].at[visit.slot, share]).wait()
