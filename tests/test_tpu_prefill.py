@@ -13,10 +13,11 @@ from tpu_interpreter import INTERPRETERS, no_races
 
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
+from paged_kv.kernels.tpu import device, prefill
 from paged_kv.kernels.tpu import plan as tpu_plans
-from paged_kv.kernels.tpu import prefill
 from paged_kv.kernels.tpu import prefill_plan as plans
 
+SMALL_CHIP = plans.Chip(device.LEAST_VMEM_BYTES, False)
 # lengths and query tokens: chunks behind contexts, whole prompts, a decode row, an empty sequence
 LENGTHS = (300, 0, 130, 40, 257)
 QUERIES = (70, 0, 20, 40, 1)
@@ -113,7 +114,7 @@ def test_heads(num_kv_heads, monkeypatch):
 
 
 def test_sums_on_the_matrix_unit(monkeypatch):
-    monkeypatch.setattr(plans, "SMALL_CHIP", plans.Chip(16 << 20, True))
+    monkeypatch.setattr(device, "LEAST_MATRIX_UNIT", 256)
     check(make_problem(), True)
 
 
@@ -170,8 +171,8 @@ def problem_of(**fields):
 )
 def test_other_problems_are_left_to_the_generic_kernel(monkeypatch, fields):
     monkeypatch.undo()
-    assert plans.plan_prefill(problem_of(), plans.SMALL_CHIP) is not None
-    assert plans.plan_prefill(problem_of(**fields), plans.SMALL_CHIP) is None
+    assert plans.plan_prefill(problem_of(), SMALL_CHIP) is not None
+    assert plans.plan_prefill(problem_of(**fields), SMALL_CHIP) is None
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
@@ -185,4 +186,4 @@ def test_a_plan_fits_its_chip(monkeypatch, num_kv_heads, megabytes):
 
 
 def test_a_chip_out_of_sight_is_the_smallest():
-    assert prefill.plan_of(problem_of()).vmem_limit < plans.SMALL_CHIP.vmem_bytes
+    assert prefill.plan_of(problem_of()).vmem_limit < device.LEAST_VMEM_BYTES

@@ -10,7 +10,7 @@ Queries come in and results go out transposed, tokens on lanes; XLA does it in t
 packed tokens into tiles.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,35 +23,29 @@ from ..core import softmax
 from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from . import device
 from . import prefill_plan as plans
 from . import prefill_step as steps
 from .blocks import COMPILER_PARAMS, allocate, as_rows, table_windows
 from .plan import LANES, BlockRows
 from .prefill_plan import Chip, PrefillPlan
 from .prefill_prepare import Preparation
-from .prefill_step import Buffers, Step
+from .prefill_step import Buffers, Place, Step
 from .prefill_visits import Programs, Visit, VisitCopies, following, programs_of
 
 ROWS = softmax.Rows(
     reduce=lambda op, x: op(x, axis=0, keepdims=True),
     expand=jnp.broadcast_to,
 )
+Chore = Callable[[], None]
 ONES = 0x3F803F80  # two bfloat16
 BLOCKS_AT_ONCE = 2  # whose copies are started one after the other
 
 
 def plan_of(problem: Problem) -> PrefillPlan | None:
     """How this kernel would run the problem on the chip it is traced for; None if it would not."""
-    return plans.plan_prefill(problem, _chip())
-
-
-def _chip() -> Chip:
-    """The chip that the program is traced for, as far as it is known."""
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError:  # traced where there is none
-        return plans.SMALL_CHIP
-    return Chip(info.vmem_capacity_bytes, info.mxu_column_size >= plans.ITEM_ROWS)
+    chip = Chip(device.vmem_bytes(), device.matrix_unit() >= plans.ITEM_ROWS)
+    return plans.plan_prefill(problem, chip)
 
 
 def attend(
@@ -210,7 +204,7 @@ def _kernel(problem: Problem, plan: PrefillPlan, is_interpreted: bool, *refs: An
 
 def _start(kernel: _Kernel, first: Visit) -> None:
     """Before the first visit: its tile is made ready, the second one's on its way."""
-    plan, copies, ready = kernel.plan, kernel.copies, kernel.preparation
+    plan, copies = kernel.plan, kernel.copies
     values = kernel.buffers.values
     if plan.sums_on_matrix_unit:
         shape = (*values.shape[:3], (plan.value_rows - plan.head_dim) // 2, plan.part_keys)
@@ -220,18 +214,18 @@ def _start(kernel: _Kernel, first: Visit) -> None:
     copies.window(second).start()
     for visit in (first, second):
         copies.window(visit).wait()
-        lax.fori_loop(0, plan.num_shares, partial(_copy_share, kernel, visit), None)
+        each = lambda share, _, visit=visit: _do(_copying(kernel, visit, share))
+        lax.fori_loop(0, plan.num_shares, each, None)
     copies.window(following(kernel.programs, second)).start()
     if plan.key_lead:
-        ready.arrived(0, first, 0)
-        for action in _making(kernel, 0, first, 0):
-            action()
-    lax.fori_loop(0, plan.num_shares, partial(_prepare, kernel, first, second), None)
+        _do(_making(kernel, 0, first, 0))
+    each = lambda share, _: _do(_preparing(kernel, first, second, share))
+    lax.fori_loop(0, plan.num_shares, each, None)
 
 
-def _copy_share(kernel: _Kernel, visit: Visit, share: Any, _: None) -> None:
-    for first in range(0, kernel.plan.share_blocks, BLOCKS_AT_ONCE):
-        _copy(kernel, visit, share, first)
+def _do(chores: Sequence[Chore]) -> None:
+    for action in chores:
+        action()
 
 
 def _drain(kernel: _Kernel) -> None:
@@ -248,53 +242,61 @@ def _drain(kernel: _Kernel) -> None:
 
 
 def _visit(kernel: _Kernel, visit: Visit) -> None:
-    plan, programs, i = kernel.plan, kernel.programs, visit.program
+    programs, i = kernel.programs, visit.program
     second = following(programs, visit)
     third = following(programs, second)
     kernel.copies.window(third).wait()
     kernel.copies.window(following(programs, third)).start()
-    first_key = visit.tile * plan.tile_keys
+    make = partial(_chores, kernel, second, third)
     is_full = _is_full(kernel, i, visit.tile)
+    pl.when(is_full)(partial(_visit_full, kernel, visit, make))
+    pl.when(~is_full)(partial(_visit_parts, kernel, visit, make))
 
-    @pl.when(is_full)
+
+def _visit_full(kernel: _Kernel, visit: Visit, make: Callable[[Any], list[Chore]]) -> None:
+    """A tile that every query sees."""
+    plan, programs, i = kernel.plan, kernel.programs, visit.program
+    follows = (visit.tile > programs.first_tile[i]) & _is_full(kernel, i, visit.tile - 1)
+    is_followed = (visit.tile + 1 < programs.stop_tile[i]) & _is_full(kernel, i, visit.tile + 1)
+    if not plan.key_lead:  # the next tile's keys are not there in time
+        follows, is_followed = jnp.bool(False), jnp.bool(False)
+    place, after = _place(kernel, visit, 0), _place(kernel, visit.next_of_program, 0)
+    before = place._replace(value_slot=jnp.where(follows, 1 - visit.slot, visit.slot))
+    step = _step(kernel, visit, (place, before, after), is_masked=False)
+    pl.when(~follows)(partial(steps.fill, step))
+    each = lambda share, _: steps.advance(step, share, make(share))
+    lax.fori_loop(0, plan.num_shares, each, None)
+    pl.when(~is_followed)(partial(steps.drain, step))
+
+
+def _visit_parts(kernel: _Kernel, visit: Visit, make: Callable[[Any], list[Chore]]) -> None:
+    """A tile that some query sees a part of."""
+    plan, programs, i = kernel.plan, kernel.programs, visit.program
+    lax.fori_loop(0, plan.num_shares, lambda share, _: _do(make(share)), None)
+    first_key = visit.tile * plan.tile_keys
+    start = lax.div(jnp.maximum(programs.kv_start[i] - first_key, 0), plan.part_keys)
+    stop = jnp.minimum(programs.kv_stop[i] - first_key, plan.tile_keys)
+    stop = lax.div(stop + (plan.part_keys - 1), plan.part_keys)
+
+    def step_at(part: Any) -> Step:
+        before, after = jnp.maximum(part - 1, start), jnp.minimum(part + 1, plan.num_parts - 1)
+        places = (
+            _place(kernel, visit, part),
+            _place(kernel, visit, before),
+            _place(kernel, visit, after),
+        )
+        return _step(kernel, visit, places, is_masked=True)
+
+    def each(part: Any, _: None) -> None:
+        step = step_at(part)
+        lax.fori_loop(0, step.num_groups, lambda g, _: steps.advance(step, g, []), None)
+
+    @pl.when(start < stop)
     def _() -> None:
-        follows = (visit.tile > programs.first_tile[i]) & _is_full(kernel, i, visit.tile - 1)
-        is_followed = (visit.tile + 1 < programs.stop_tile[i]) & _is_full(kernel, i, visit.tile + 1)
-        if not plan.key_lead:  # the next tile's keys are not there in time
-            follows, is_followed = jnp.bool(False), jnp.bool(False)
-        step = _step(kernel, visit, follows, 0, is_masked=False)
-        pl.when(~follows)(partial(steps.fill, step))
-
-        def each(share: Any, _: None) -> None:
-            targets = _arrive(kernel, second, third, share)
-            keys, values = (_making(kernel, kind, *targets[kind]) for kind in (0, 1))
-            copies = [
-                partial(_copy, kernel, third, share, first)
-                for first in range(0, plan.share_blocks, BLOCKS_AT_ONCE)
-            ]
-            steps.advance(step, share, steps.Chores(values, copies, keys))
-
-        lax.fori_loop(0, plan.num_shares, each, None)
-        pl.when(~is_followed)(partial(steps.drain, step))
-
-    @pl.when(~is_full)
-    def _() -> None:
-        lax.fori_loop(0, plan.num_shares, partial(_copy_share, kernel, third), None)
-        start = lax.div(jnp.maximum(programs.kv_start[i] - first_key, 0), plan.part_keys)
-        stop = jnp.minimum(programs.kv_stop[i] - first_key, plan.tile_keys)
-        stop = lax.div(stop + (plan.part_keys - 1), plan.part_keys)
-
-        def each(part: Any, _: None) -> None:
-            step = _step(kernel, visit, False, part, is_masked=True)
-            steps.fill(step)
-            lax.fori_loop(
-                0, step.num_groups, lambda g, _: steps.advance(step, g, steps.Chores()), None
-            )
-            steps.drain(step)
-
+        lax.fori_loop(start, stop, lambda part, _: steps.store_limits(step_at(part)), None)
+        steps.fill(step_at(start))
         lax.fori_loop(start, stop, each, None)
-        # not before: the keys of the third visit's first share take this one's place
-        lax.fori_loop(0, plan.num_shares, partial(_prepare, kernel, second, third), None)
+        steps.drain(step_at(stop - 1))
 
 
 def _is_full(kernel: _Kernel, program: Any, tile: Any) -> Any:
@@ -305,60 +307,64 @@ def _is_full(kernel: _Kernel, program: Any, tile: Any) -> Any:
     return (programs.full_start[program] <= first) & (stop <= programs.full_stop[program])
 
 
-def _arrive(kernel: _Kernel, second: Visit, third: Visit, share: Any) -> list[tuple[Visit, Any]]:
-    """The keys and the values that are made ready beside a share of a visit; waits for them."""
+def _chores(kernel: _Kernel, second: Visit, third: Visit, share: Any) -> list[Chore]:
+    """What is done beside a share of a visit for the two that follow."""
+    return [*_preparing(kernel, second, third, share), *_copying(kernel, third, share)]
+
+
+def _preparing(kernel: _Kernel, second: Visit, third: Visit, share: Any) -> list[Chore]:
+    """Makes values of the next visit ready, and keys a share after them."""
+    plan = kernel.plan
     key_visit, key_share = second, share
-    if kernel.plan.key_lead:
-        is_last = share + 1 == kernel.plan.num_shares
+    if plan.key_lead:
+        is_last = share + 1 == plan.num_shares
         key_visit = Visit(*(jnp.where(is_last, a, b) for a, b in zip(third, second, strict=True)))
         key_share = jnp.where(is_last, 0, share + 1)
-    targets = [(key_visit, key_share), (second, share)]
-    for kind in (0, 1):
-        kernel.preparation.arrived(kind, *targets[kind])
-    return targets
+    return [*_making(kernel, 1, second, share), *_making(kernel, 0, key_visit, key_share)]
 
 
-def _prepare(kernel: _Kernel, second: Visit, third: Visit, share: Any, _: None) -> None:
-    """Makes shares ready beside nothing."""
-    targets = _arrive(kernel, second, third, share)
-    for kind in (0, 1):
-        for action in _making(kernel, kind, *targets[kind]):
-            action()
-
-
-def _step(kernel: _Kernel, visit: Visit, follows: Any, first_part: Any, *, is_masked: bool) -> Step:
-    programs, plan, i = kernel.programs, kernel.plan, visit.program
-    return Step(
-        plan,
-        kernel.problem.variant,
-        kernel.buffers,
-        kernel.query,
-        kernel.slopes,
-        programs.first_position[i],
-        visit.slot,
-        jnp.where(follows, 1 - visit.slot, visit.slot),
-        visit.tile * plan.tile_keys,
-        programs.kv_stop[i],
-        first_part,
-        1 if is_masked else plan.num_parts,
-        is_masked,
-    )
-
-
-def _copy(kernel: _Kernel, visit: Visit, share: Any, first: int) -> None:
-    """Starts the copies of some of a share's blocks."""
-    for block in range(first, min(first + BLOCKS_AT_ONCE, kernel.plan.share_blocks)):
-        kernel.copies.start(visit, share, block)
-
-
-def _making(kernel: _Kernel, kind: int, visit: Visit, share: Any) -> list[Callable[[], None]]:
-    """What makes a share's keys (0) or values (1) ready, LANES of a pair of heads at a time."""
+def _making(kernel: _Kernel, kind: int, visit: Visit, share: Any) -> list[Chore]:
+    """Makes a share's keys (0) or values (1) ready; waits for their rows."""
     ready = kernel.preparation
+    ready.arrived(kind, visit, share)
     make = ready.values_of if kind else ready.keys_of
     keys = range(0, kernel.plan.share_keys, LANES)
     return [
         partial(make, visit, share, pair, first) for first in keys for pair in range(ready.pairs)
     ]
+
+
+def _copying(kernel: _Kernel, visit: Visit, share: Any) -> list[Chore]:
+    """Starts the copies of a share's blocks, a few at a time."""
+    blocks = range(kernel.plan.share_blocks)
+
+    def some(first: int) -> None:
+        for block in blocks[first : first + BLOCKS_AT_ONCE]:
+            kernel.copies.start(visit, share, block)
+
+    return [partial(some, first) for first in blocks[::BLOCKS_AT_ONCE]]
+
+
+def _place(kernel: _Kernel, visit: Visit, part: Any) -> Place:
+    position = visit.tile * kernel.plan.tile_keys + part * kernel.plan.part_keys
+    return Place(visit.key_slot, visit.slot, part, position)
+
+
+def _step(
+    kernel: _Kernel, visit: Visit, places: tuple[Place, Place, Place], *, is_masked: bool
+) -> Step:
+    programs, i = kernel.programs, visit.program
+    return Step(
+        kernel.plan,
+        kernel.problem.variant,
+        kernel.buffers,
+        kernel.query,
+        kernel.slopes,
+        programs.first_position[i],
+        programs.kv_stop[i],
+        *places,
+        is_masked,
+    )
 
 
 def _finish(kernel: _Kernel, out: Any, lse: Any) -> None:

@@ -23,6 +23,7 @@ GROUP_ITEMS = 8  # of a group at a whole tile: what compiles in time
 PART_GROUP_ITEMS = 16  # of a group at a part
 MIN_TOKENS = 64  # query tokens per sequence, on average, below which items are mostly empty
 AHEAD = 3  # scores are computed so many items before their softmax, where there are as many
+KEY_SLOTS = 3  # tiles of prepared keys: this visit's, the next one's, a share of the one after
 ACC_ROWS = 16  # of a bfloat16 register: rows of ones below the values, whose product is the sum
 SUBLANES = 8
 SCALAR_BYTES = 48  # of scalar memory, for what a program is told
@@ -33,9 +34,6 @@ class Chip(NamedTuple):
 
     vmem_bytes: int
     is_wide: bool  # a matrix unit of 256 x 256
-
-
-SMALL_CHIP = Chip(16 << 20, False)  # every generation has as much
 
 
 @dataclass(frozen=True)
@@ -194,8 +192,8 @@ def prefill_scratch(plan: PrefillPlan) -> list[Buffer]:
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, plan.value_rows, rows), "float32"),
-        Buffer("vmem", (plan.row_blocks, plan.part_keys, rows), "float32"),
-        Buffer("vmem", (2, plan.num_parts, *key_part), "int32"),
+        Buffer("vmem", (plan.num_parts, plan.row_blocks, plan.part_keys, rows), "float32"),
+        Buffer("vmem", (KEY_SLOTS, plan.num_parts, *key_part), "int32"),
         Buffer("vmem", (2, plan.num_parts, *value_part), "int32"),
         raw,
         raw,

@@ -25,7 +25,7 @@ class Preparation:
     plan: PrefillPlan
     programs: Programs
     copies: VisitCopies
-    tiles: tuple[Any, Any]  # words, (2, parts, heads, ...): keys, values
+    tiles: tuple[Any, Any]  # words, (slots, parts, heads, ...): keys, values
     is_interpreted: bool
 
     @property
@@ -43,7 +43,7 @@ class Preparation:
         part, at = divmod(first, self.plan.part_keys)
         part += share * self.plan.share_parts
         for head, rows in enumerate(self._rows(0, visit, share, pair, first), 2 * pair):
-            self.tiles[0][visit.slot, part, head, at // 2 : (at + LANES) // 2] = rows
+            self.tiles[0][visit.key_slot, part, head, at // 2 : (at + LANES) // 2] = rows
 
     def values_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
         """Prepares values [first, first + LANES) of a share."""

@@ -8,7 +8,7 @@ items, and tiles that follow each other in whole, are one such stream: `fill` be
 goes on by a group, `drain` ends it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,16 +36,25 @@ class Buffers(NamedTuple):
     m: Any  # (items, SUBLANES, rows)
     l: Any  # sums by sublane; unused where the matrix unit sums
     acc: Any  # (items, value rows, rows)
-    limits: Any  # (row blocks, part keys, rows): the most a score may be
-    keys: Any  # words, (2, parts, heads, part keys / 2, head_dim)
-    values: Any  # words, (2, parts, heads, value rows / 2, part keys)
+    limits: Any  # (parts, row blocks, part keys, rows): the most a score may be
+    keys: Any  # words, (slots, parts, heads, part keys / 2, head_dim)
+    values: Any  # words, (slots, parts, heads, value rows / 2, part keys)
+
+
+class Place(NamedTuple):
+    """Where a step's keys and values are: slots of tiles, and the first part in them."""
+
+    key_slot: Any
+    value_slot: Any
+    part: Any
+    position: Any  # of the part's first key
 
 
 @dataclass(frozen=True)
 class Step:
-    """Parts [first_part, first_part + num_parts) of a prepared tile, for every item.
+    """Some parts of a prepared tile, for every item: all of them, or one with masks.
 
-    is_masked: some query does not see some of the keys; a stream of such a step ends with it.
+    A stream goes from step to step: from tile to tile, or, with masks, from part to part.
     """
 
     plan: PrefillPlan
@@ -54,13 +63,15 @@ class Step:
     query: Any  # (items, head_dim, rows)
     slopes: Any  # (heads, rows) or None
     first_position: Any  # of the query tile
-    slot: Any  # where the tile is
-    slot_before: Any  # where the tile before is, if the stream began there; else as `slot`
-    tile_position: Any  # of the tile's first key
     kv_stop: Any
-    first_part: Any
-    num_parts: int
+    place: Place
+    before: Place  # of the step before, if the stream began there; else as `place`
+    after: Place  # of the step after, if there is one; else anything
     is_masked: bool
+
+    @property
+    def num_parts(self) -> int:
+        return 1 if self.is_masked else self.plan.num_parts
 
     @property
     def group_items(self) -> int:
@@ -78,7 +89,7 @@ class Step:
 
     def key_positions(self, first: Any, shape: tuple[int, int]) -> Any:
         key = lax.broadcasted_iota(jnp.int32, shape, 0)
-        return self.tile_position + self.first_part * self.plan.part_keys + first + key
+        return self.place.position + first + key
 
 
 def scales_late(variant: Variant) -> bool:
@@ -88,9 +99,7 @@ def scales_late(variant: Variant) -> bool:
 
 
 def fill(step: Step) -> None:
-    """Begins a stream: the scores of the first items; what stands for the item before has weight 0."""
-    if step.is_masked:
-        _store_limits(step)
+    """Begins a stream: the scores of the first items; the item before them has weights of 0."""
     buffers, plan = step.buffers, step.plan
     buffers.decay[...] = jnp.ones(buffers.decay.shape, jnp.float32)
     keys = step.num_parts * plan.part_keys
@@ -104,39 +113,25 @@ def fill(step: Step) -> None:
         scores.finish()
 
 
-class Chores(NamedTuple):
-    """What a group does on the way, in this order.
+def _by_turn(step: Step, chores: Sequence[Callable[[], None]]) -> list[list[Callable[[], None]]]:
+    """What is done after each product with values.
 
     It lies between the products in the program, and the compiler keeps it there: it cannot tell
     what it writes from what the products read.  So none of it piles up behind the group.
     """
-
-    values: list[Callable[[], None]] = []  # may take the place of those of the tile before
-    copies: list[Callable[[], None]] = []
-    keys: list[Callable[[], None]] = []  # may take the place of those of this tile
-
-    def by_turn(self, step: Step) -> list[list[Callable[[], None]]]:
-        """Actions after each product with values: those of a kind from a turn on, one each."""
-        count = step.group_items * step.num_parts
-        keys_read = (step.group_items - step.plan.ahead) * step.num_parts
-        turns: list[list[Callable[[], None]]] = [[] for _ in range(count)]
-        first = min(step.num_parts, keys_read)  # when the last tile's values have been read
-        middle = first + min(len(self.values), (keys_read - first + 1) // 2)
-        for actions, start, stop in (
-            (self.values, first, middle),
-            (self.copies, middle, keys_read),
-            (self.keys, keys_read, min(keys_read + len(self.keys), count)),
-        ):
-            for i, action in enumerate(actions):
-                turns[min(start + i * (stop - start) // len(actions), count - 1)].append(action)
-        return turns
+    count = step.group_items * step.num_parts
+    first = step.plan.share_parts - 1  # values of the step before have been read where these go
+    turns: list[list[Callable[[], None]]] = [[] for _ in range(count)]
+    for i, action in enumerate(chores):  # early, so that they are done when the group is
+        turns[first + i * (count - first) // max(len(chores), count - first)].append(action)
+    return turns
 
 
-def advance(step: Step, group: Any, chores: Chores) -> None:
+def advance(step: Step, group: Any, chores: Sequence[Callable[[], None]]) -> None:
     """Takes the keys in for the items of a group; `chores` are done on the way."""
     plan, count = step.plan, step.group_items
     first = group * count
-    actions = chores.by_turn(step)
+    actions = _by_turn(step, chores)
     values = _Values(step, first - 1, 1, step.buffers.decay[...])
     for u in range(count):
         scores = _Scores(step, first + u + plan.ahead, (u + plan.ahead) % (plan.ahead + 1))
@@ -163,7 +158,8 @@ def drain(step: Step) -> None:
     values.finish()
 
 
-def _store_limits(step: Step) -> None:
+def store_limits(step: Step) -> None:
+    """Stores what masks the scores of a part, before a stream comes to it."""
     plan = step.plan
     shape = (SUB, plan.item_rows)
     for block in range(plan.row_blocks):
@@ -171,24 +167,18 @@ def _store_limits(step: Step) -> None:
         for first in range(0, plan.part_keys, SUB):
             keep = step.variant.keep(query_position, step.key_positions(first, shape), step.kv_stop)
             limits = jnp.where(keep, UNSEEN, softmax.MASK)
-            step.buffers.limits[block, first : first + SUB] = limits
+            step.buffers.limits[step.place.part, block, first : first + SUB] = limits
 
 
 class _Scores:
-    """The scores of an item, and their running maximum; past the last item, of the next tile."""
+    """The scores of an item, and their running maximum; past the last item, of the step after."""
 
     def __init__(self, step: Step, item: Any, score_slot: int) -> None:
         plan = step.plan
         self.score_slot = score_slot
-        is_next = item >= plan.num_items
-        self.item = jnp.where(is_next, item - plan.num_items, item)
-        if not step.is_masked:
-            step = replace(
-                step,
-                slot=jnp.where(is_next, 1 - step.slot, step.slot),
-                tile_position=step.tile_position + jnp.where(is_next, plan.tile_keys, 0),
-            )
-        self.step = step
+        is_after = item >= plan.num_items
+        self.item = jnp.where(is_after, item - plan.num_items, item)
+        self.step = replace(step, place=_choose(is_after, step.after, step.place))
         self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
         self.block = lax.rem(self.item, jnp.int32(plan.row_blocks))
         self.tops: list[Any] = []  # after each piece
@@ -196,7 +186,7 @@ class _Scores:
 
     def multiply(self, part: int) -> None:
         step = self.step
-        keys = rows_of(step.buffers.keys[step.slot, step.first_part + part, self.head])
+        keys = rows_of(step.buffers.keys[step.place.key_slot, step.place.part + part, self.head])
         self.dots = jnp.dot(keys, step.query[self.item], preferred_element_type=jnp.float32)
 
     def store(self, part: int, piece: int) -> None:
@@ -214,7 +204,9 @@ class _Scores:
             slope = None if step.slopes is None else step.slopes[pl.ds(self.head, 1)]
             dots = step.variant.score(dots, query_position, key_position, slope, LOG2E)
         if step.is_masked:
-            dots = jnp.minimum(dots, step.buffers.limits[self.block, piece : piece + SUB])
+            dots = jnp.minimum(
+                dots, step.buffers.limits[step.place.part, self.block, piece : piece + SUB]
+            )
         return dots
 
     def finish(self) -> None:
@@ -239,7 +231,7 @@ class _Weights:
     def weigh(self, part: int, piece: int, ahead: _Scores) -> None:
         key = part * self.step.plan.part_keys + piece
         m, shape = self.m, (SUB // SUBLANES, SUBLANES, self.step.plan.item_rows)
-        if len(ahead.tops) > LAG:
+        if len(ahead.tops) > LAG and not self.step.is_masked:
             # changes nothing, but keeps the softmax behind the products of the scores ahead
             tie = jnp.where(ahead.tops[-1 - LAG] > 0, softmax.MASK, 2 * softmax.MASK)
             m = jnp.maximum(m, tie)
@@ -256,26 +248,30 @@ class _Weights:
 
 
 class _Values:
-    """The weighted values of an item; before the first item, of the last one of the tile before."""
+    """The weighted values of an item; before the first item, of the step before."""
 
     def __init__(self, step: Step, item: Any, weight_slot: int, decay: Any) -> None:
         plan = step.plan
         is_before = item < 0
         self.step, self.decay = step, decay
         self.weights = step.buffers.weights[weight_slot]
-        self.slot = jnp.where(is_before, step.slot_before, step.slot)
+        self.place = _choose(is_before, step.before, step.place)
         self.item = jnp.where(is_before, item + plan.num_items, item)
         self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
         self.acc = step.buffers.acc[self.item] * decay[:1]
 
     def multiply(self, part: int) -> None:
         buffers, count = self.step.buffers, self.step.plan.part_keys
-        values = rows_of(buffers.values[self.slot, self.step.first_part + part, self.head])
+        values = rows_of(buffers.values[self.place.value_slot, self.place.part + part, self.head])
         weights = self.weights[part * count : (part + 1) * count]
         self.acc += jnp.dot(values, weights, preferred_element_type=jnp.float32)
 
     def finish(self) -> None:
         self.step.buffers.acc[self.item] = self.acc
+
+
+def _choose(condition: Any, some: Place, others: Place) -> Place:
+    return Place(*(jnp.where(condition, a, b) for a, b in zip(some, others, strict=True)))
 
 
 def exponent(variant: Variant, difference: Any) -> Any:

@@ -18,7 +18,7 @@ from ..core.problem import Problem
 from ..core.schedule import QueryTiles
 from ..core.variant import Variant
 from .plan import TABLE_WINDOW
-from .prefill_plan import PrefillPlan
+from .prefill_plan import KEY_SLOTS, PrefillPlan
 
 
 class Programs(NamedTuple):
@@ -69,8 +69,18 @@ class Visit(NamedTuple):
     number: Any
 
     @property
+    def next_of_program(self) -> "Visit":
+        """At the next tile."""
+        return Visit(self.program, self.tile + 1, self.number + 1)
+
+    @property
     def slot(self) -> Any:
         return lax.rem(self.number, 2)
+
+    @property
+    def key_slot(self) -> Any:
+        """Of prepared keys."""
+        return lax.rem(self.number, KEY_SLOTS)
 
 
 def following(programs: Programs, visit: Visit) -> Visit:
