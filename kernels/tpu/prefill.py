@@ -218,6 +218,7 @@ def _start(kernel: _Kernel, first: Visit) -> None:
         lax.fori_loop(0, plan.num_shares, each, None)
     copies.window(following(kernel.programs, second)).start()
     if plan.key_lead:
+        kernel.preparation.arrived((0, first, 0))
         _do(_making(kernel, 0, first, 0))
     each = lambda share, _: _do(_preparing(kernel, first, second, share))
     lax.fori_loop(0, plan.num_shares, each, None)
@@ -320,13 +321,13 @@ def _preparing(kernel: _Kernel, second: Visit, third: Visit, share: Any) -> list
         is_last = share + 1 == plan.num_shares
         key_visit = Visit(*(jnp.where(is_last, a, b) for a, b in zip(third, second, strict=True)))
         key_share = jnp.where(is_last, 0, share + 1)
+    kernel.preparation.arrived((1, second, share), (0, key_visit, key_share))
     return [*_making(kernel, 1, second, share), *_making(kernel, 0, key_visit, key_share)]
 
 
 def _making(kernel: _Kernel, kind: int, visit: Visit, share: Any) -> list[Chore]:
-    """Makes a share's keys (0) or values (1) ready; waits for their rows."""
+    """Makes a share's keys (0) or values (1) ready, once their rows are there."""
     ready = kernel.preparation
-    ready.arrived(kind, visit, share)
     make = ready.values_of if kind else ready.keys_of
     keys = range(0, kernel.plan.share_keys, LANES)
     return [

@@ -33,10 +33,21 @@ class Preparation:
         """Pairs of heads that share words."""
         return max(self.plan.num_kv_heads // 2, 1)
 
-    def arrived(self, kind: int, visit: Visit, share: Any) -> None:
-        """Waits for the raw rows of a share, of keys (kind 0) or of values (1)."""
-        self.copies.wait(kind, visit, share)
-        self._clear(kind, visit, share)
+    def arrived(self, *shares: tuple[int, Visit, Any]) -> None:
+        """Waits for the raw rows of shares: keys (0) or values (1), a visit, and its share.
+
+        Then zeros rows that hold no key of the sequence: NaN survives a weight of 0.
+        """
+        is_mixed = jnp.bool(False)
+        for share in shares:
+            self.copies.wait(*share)
+            start, stop = self._valid(*share[1:])
+            is_mixed |= (start > 0) | (stop < self.plan.share_keys)
+
+        @pl.when(is_mixed)
+        def _() -> None:
+            for share in shares:
+                self._clear(*share)
 
     def keys_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
         """Prepares keys [first, first + LANES) of a share."""
@@ -78,15 +89,16 @@ class Preparation:
         rows = raw.bitcast(jnp.int32).at[slot, pl.ds(pl.multiple_of(share * n, n), n)]
         return rows[pl.ds(first, LANES // 2, stride=stride)]
 
-    def _clear(self, kind: int, visit: Visit, share: Any) -> None:
-        """Zeros raw rows that hold no key of the sequence: NaN survives a weight of 0.
+    def _valid(self, visit: Visit, share: Any) -> tuple[Any, Any]:
+        """Keys [start, stop) of a share are of the sequence, and some query sees them."""
+        first = visit.tile * self.plan.tile_keys + share * self.plan.share_keys
+        i = visit.program
+        return self.programs.kv_start[i] - first, self.programs.seq_length[i] - first
 
-        Only shares that hold both kinds, or none, need it.
-        """
-        plan, i = self.plan, visit.program
-        first = visit.tile * plan.tile_keys + share * plan.share_keys
-        start, stop = self.programs.kv_start[i] - first, self.programs.seq_length[i] - first
+    def _clear(self, kind: int, visit: Visit, share: Any) -> None:
+        plan = self.plan
         raw, heads = self.copies.raw[kind].at[visit.slot], plan.num_kv_heads
+        start, stop = self._valid(visit, share)
 
         def each(chunk: Any, _: None) -> None:
             row = chunk * LANES
@@ -96,6 +108,4 @@ class Preparation:
             bits = row_bits(rows.shape, 2, lambda row: (row >= row_start) & (row < row_stop))
             raw[at] = pltpu.bitcast(words(rows) & bits, rows.dtype)
 
-        @pl.when((start > 0) | (stop < plan.share_keys))
-        def _() -> None:
-            lax.fori_loop(0, plan.share_rows // LANES, each, None)
+        lax.fori_loop(0, plan.share_rows // LANES, each, None)

@@ -74,6 +74,11 @@ class Step:
         return 1 if self.is_masked else self.plan.num_parts
 
     @property
+    def is_tied(self) -> bool:
+        """Whether a softmax waits for scores ahead: not where a part's are soon computed."""
+        return not (self.is_masked and self.plan.sums_on_matrix_unit)
+
+    @property
     def group_items(self) -> int:
         return self.plan.part_group_items if self.is_masked else self.plan.group_items
 
@@ -231,7 +236,7 @@ class _Weights:
     def weigh(self, part: int, piece: int, ahead: _Scores) -> None:
         key = part * self.step.plan.part_keys + piece
         m, shape = self.m, (SUB // SUBLANES, SUBLANES, self.step.plan.item_rows)
-        if len(ahead.tops) > LAG and not self.step.is_masked:
+        if len(ahead.tops) > LAG and self.step.is_tied:
             # changes nothing, but keeps the softmax behind the products of the scores ahead
             tie = jnp.where(ahead.tops[-1 - LAG] > 0, softmax.MASK, 2 * softmax.MASK)
             m = jnp.maximum(m, tie)
