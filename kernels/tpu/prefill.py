@@ -44,7 +44,7 @@ BLOCKS_AT_ONCE = 2  # whose copies are started one after the other
 
 def plan_of(problem: Problem) -> PrefillPlan | None:
     """How this kernel would run the problem on the chip it is traced for; None if it would not."""
-    chip = Chip(device.vmem_bytes(), device.matrix_unit() >= plans.ITEM_ROWS)
+    chip = Chip(device.vmem_bytes(), device.matrix_unit() >= plans.WIDE_UNIT)
     return plans.plan_prefill(problem, chip)
 
 

@@ -14,7 +14,8 @@ from ..core.problem import Problem
 from ..core.schedule import num_query_tiles
 from .plan import LANES, SMEM_BYTES, TABLE_WINDOW, Buffer, min_rows, round_up, vmem_bytes
 
-ITEM_ROWS = 256  # fills the width of a 256 x 256 matrix unit
+WIDE_UNIT = 256  # a matrix unit of 256 x 256
+ITEM_ROWS = WIDE_UNIT  # queries of an item fill its width
 PART_KEYS = 256  # keys of a part
 TILE_PARTS = 4  # parts of a tile, where memory allows
 MAX_ITEMS = 32  # of a program
