@@ -27,6 +27,11 @@ from .ops import make_schedule as make_schedule
 from .ops import merge_attention_states as merge_attention_states
 from .ops import paged_attention as paged_attention
 from .padding import pad_to_bucket as pad_to_bucket
+from .rows import append_and_attend_rows as append_and_attend_rows
+from .rows import append_rows as append_rows
+from .rows import paged_dot_product_attention as paged_dot_product_attention
+from .rows import row_positions as row_positions
+from .rows import row_starts as row_starts
 from .sequences import OutOfBlocksError as OutOfBlocksError
 from .state import advance as advance
 from .state import copy_blocks as copy_blocks

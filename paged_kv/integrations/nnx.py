@@ -1,0 +1,185 @@
+"""Flax NNX: one paged cache behind the `attention_fn` of every `nnx.MultiHeadAttention`.
+
+`attach(model, cache)` makes a model use a paged cache, without a change to its code; a layer of
+one's own calls `PagedAttention` where it would call `nnx.dot_product_attention`.  Either way a step
+is `with paged.step(num_new_tokens): model(...)`, under `nnx.jit` or not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from .. import rows, state
+from ..cache import PagedKVCache
+from . import missing
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise missing("flax.nnx", "flax", error) from error
+
+
+class PagedCache(nnx.Module):
+    """A `PagedKVCache` as NNX state, shared by all layers that attend over it.
+
+    Attributes:
+      kv: an `nnx.Cache` that holds the `PagedKVCache`: between steps, `get_value` and `set_value`
+        it for `set_block_table`, `truncate` and so on.
+    """
+
+    def __init__(self, cache: PagedKVCache):
+        self.kv = nnx.Cache(cache)
+        self.step_width: int | None = None  # tokens of each row, outside of a step None
+        self.step_counts: Array | None = nnx.data(None)  # real ones, where rows are padded
+
+    @contextmanager
+    def step(
+        self, num_new_tokens: int | Int32[Array, "batch"], width: int | None = None
+    ) -> Iterator[None]:
+        """A step of the model: sequences are advanced once, and every layer attends once.
+
+        Args:
+          num_new_tokens: tokens of each row of the step's (batch, T) input: an int T where all have
+            as many, or int32 (batch,) for rows padded at their end.
+          width: T, needed where `num_new_tokens` is an array.
+
+        Raises:
+          ValueError: `width` is missing, a step is under way, or as `advance`.
+        """
+        if self.step_width is not None:
+            raise ValueError("a step of this cache is under way; leave it before the next begins")
+        is_ragged = not isinstance(num_new_tokens, int)
+        if is_ragged and width is None:
+            raise ValueError("num_new_tokens is an array; say with width= how wide the rows are")
+        self.kv.set_value(state.advance(self.kv.get_value(), num_new_tokens))
+        self.step_width = width if is_ragged else num_new_tokens
+        self.step_counts = nnx.data(jnp.asarray(num_new_tokens) if is_ragged else None)
+        try:
+            yield
+        finally:
+            self.step_width, self.step_counts = None, nnx.data(None)
+
+    def positions(self) -> Int32[Array, "batch T"]:
+        """Position of each token of the step in its sequence, for embeddings of positions.
+
+        Raises:
+          ValueError: no step is under way.
+        """
+        return rows.row_positions(self.kv.get_value(), self._width(), self.step_counts)
+
+    def _width(self) -> int:
+        if self.step_width is None:
+            raise ValueError("no step is under way: call the model in `with cache.step(...)`")
+        return self.step_width
+
+
+class PagedAttention(nnx.Module):
+    """Attention over a `PagedCache`: an `attention_fn` for `nnx.MultiHeadAttention`.
+
+    A call appends the new keys and values to the cache, then attends over all that is there, as
+    `append_and_attend_rows` does.
+
+    Args:
+      cache: shared by the layers of a model.
+      layer: which layer of a stacked cache; None for a single layer's.
+      sinks, alibi_slopes: arrays or variables, (num_query_heads,), as in `paged_attention`.
+      **attention: the other keywords of `paged_attention`, for every call of this layer: `scale`,
+        `local_window_size`, `logits_soft_cap` and so on.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        layer: int | None = None,
+        *,
+        sinks: Any = None,
+        alibi_slopes: Any = None,
+        **attention: Any,
+    ):
+        self.cache = cache
+        self.layer = layer
+        self.sinks, self.alibi_slopes = nnx.data(sinks), nnx.data(alibi_slopes)
+        self.attention = tuple(sorted(attention.items()))  # static: hashable
+
+    def __call__(
+        self,
+        query: Float[Array, "batch T num_query_heads head_dim"],
+        key: Float[Array, "batch T num_kv_heads head_dim"],
+        value: Float[Array, "batch T num_kv_heads head_dim"],
+        *,
+        mask: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        **unused: Any,
+    ) -> Float[Array, "batch T num_query_heads head_dim"]:
+        """Attention of the step's tokens over their sequences; the cache is updated.
+
+        What `nnx.MultiHeadAttention` passes besides has no meaning here: causality is by position,
+        dtypes and precision are those of `paged_attention`.
+
+        Raises:
+          ValueError: a mask is given, no step is under way, the step has another T, or as
+            `append_and_attend_rows`.
+          NotImplementedError: dropout is asked for.
+        """
+        cache = self.cache
+        width = cache._width()
+        if mask is not None:
+            raise ValueError(
+                "a paged cache takes no mask: what a query sees follows from positions, "
+                "local_window_size= and is_causal=, and padding from step(num_new_tokens)"
+            )
+        if dropout_rate and not deterministic:
+            raise NotImplementedError(f"{dropout_rate=}: paged attention has no dropout")
+        if query.shape[1] != width:
+            raise ValueError(f"query {query.shape} must have the T of the step, {width}")
+        out, kv = rows.append_and_attend_rows(
+            query,
+            key,
+            value,
+            cache.kv.get_value(),
+            query_seq_lengths=cache.step_counts,
+            layer=self.layer,
+            sinks=_array(self.sinks),
+            alibi_slopes=_array(self.alibi_slopes),
+            **dict(self.attention),
+        )
+        cache.kv.set_value(kv)
+        return out
+
+
+def attach(model: nnx.Module, cache: PagedKVCache, **attention: Any) -> PagedCache:
+    """Puts every `nnx.MultiHeadAttention` of a model on one paged cache.
+
+    Sets the `attention_fn` of each and switches `decode`, their own dense cache, off.  They take
+    the layers of the cache in the order in which `nnx.iter_modules` finds them.
+
+    Args:
+      model: changed in place.
+      cache: stacked, with as many layers as the model has attentions.
+      **attention: keywords of `paged_attention` for all layers.
+
+    Returns:
+      The cache as a module: `with paged.step(...)` around each call of the model.
+
+    Raises:
+      ValueError: the cache has not as many layers as the model has attentions.
+    """
+    attentions = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.MultiHeadAttention)]
+    if cache.num_layers != len(attentions):
+        raise ValueError(
+            f"the model has {len(attentions)} nnx.MultiHeadAttention, the cache "
+            f"num_layers={cache.num_layers}; make one layer for each"
+        )
+    paged = PagedCache(cache)
+    for layer, module in enumerate(attentions):
+        module.attention_fn = nnx.data(PagedAttention(paged, layer, **attention))
+        module.decode = False
+    return paged
+
+
+def _array(value: Any) -> Any:
+    return value.get_value() if isinstance(value, nnx.Variable) else value

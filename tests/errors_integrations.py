@@ -1,0 +1,70 @@
+"""Errors of the hooks for frameworks: see errors_api."""
+
+import importlib
+import sys
+from unittest import mock
+
+import jax.numpy as jnp
+from errors_api import Row, cache, kv, stack
+from flax import nnx
+
+from paged_kv.integrations import nnx as paged_nnx
+
+
+def without(framework, name):
+    """Imports an integration where its framework is not installed."""
+    hidden = {framework: None, f"paged_kv.integrations.{name}": None}
+    with mock.patch.dict(sys.modules, hidden):
+        del sys.modules[f"paged_kv.integrations.{name}"]
+        importlib.import_module(f"paged_kv.integrations.{name}")
+
+
+def nnx_call(width=1, step=1, **options):
+    """One attention of a step over `cache()`."""
+    paged = paged_nnx.PagedCache(cache())
+    attention = paged_nnx.PagedAttention(paged)
+    query, keys = kv(2, width, 4, 8), kv(2, width, 2, 8)
+    if step is None:
+        return attention(query, keys, keys, **options)
+    with paged.step(step):
+        return attention(query, keys, keys, **options)
+
+
+def nnx_nested():
+    paged = paged_nnx.PagedCache(cache())
+    with paged.step(1), paged.step(1):
+        pass
+
+
+def nnx_counts_without_width():
+    with paged_nnx.PagedCache(cache()).step(jnp.ones(2, jnp.int32)):
+        pass
+
+
+def nnx_attach():
+    model = nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 16, decode=True, rngs=nnx.Rngs(0)))
+    paged_nnx.attach(model, stack())
+
+
+NNX = [
+    Row(
+        "nnx missing",
+        lambda: without("flax", "nnx"),
+        r"flax.nnx cannot be imported .*; pip install 'paged_kv\[flax\]'",
+        ImportError,
+    ),
+    Row("nnx without step", lambda: nnx_call(step=None), r"in `with cache\.step\(\.\.\.\)`"),
+    Row("nnx step in a step", nnx_nested, "a step of this cache is under way"),
+    Row("nnx counts", nnx_counts_without_width, "is an array; say with width= how wide"),
+    Row("nnx mask", lambda: nnx_call(mask=jnp.ones(1)), "a paged cache takes no mask"),
+    Row(
+        "nnx dropout",
+        lambda: nnx_call(dropout_rate=0.1, deterministic=False),
+        "dropout_rate=0.1: paged attention has no dropout",
+        NotImplementedError,
+    ),
+    Row("nnx width", lambda: nnx_call(3), r"query \(2, 3, 4, 8\) must have the T of the step, 1"),
+    Row("nnx layers", nnx_attach, "has 1 nnx.MultiHeadAttention, the cache num_layers=3"),
+]
+
+ROWS = [*NNX]
