@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cases
+from .environment import environment
 from .workload import Case
 
 IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "xla")
@@ -47,7 +46,7 @@ def run(case: Case, options: argparse.Namespace, say) -> dict[str, Any]:
     """One record: the gate's verdict, and figures only if it is good."""
     from .inputs import ROTATE_BYTES, make_inputs
     from .roofline import bound
-    from .runner import BASELINE, Runner, check
+    from .runner import BASELINE, Program, Runner, check
     from .timing import measure
 
     name = options.implementation
@@ -65,9 +64,9 @@ def run(case: Case, options: argparse.Namespace, say) -> dict[str, Any]:
     if record["problem"] or options.check_only:
         return record
     say("timing it")
-    timing = measure(Runner(case, inputs, name, options.interpret).run, options.repeats)
+    timing = measure(Runner(Program(case, name, options.interpret), inputs).run, options.repeats)
     say("timing the baseline")
-    base = measure(Runner(case, inputs, BASELINE).run, options.repeats)
+    base = measure(Runner(Program(case, BASELINE), inputs).run, options.repeats)
     say("measuring the ceilings")
     rate = bound(case, timing.median_us * 1e-6)
     return {
@@ -79,25 +78,6 @@ def run(case: Case, options: argparse.Namespace, say) -> dict[str, Any]:
         "speedup": base.median_us / timing.median_us,
         "kv_bytes": case.kv_bytes,
         "useful_flops": case.useful_flops,
-    }
-
-
-def environment() -> dict[str, str]:
-    """The device, the versions and the commit that figures belong to."""
-    import jax
-    import jaxlib.version
-
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.version.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
     }
 
 

@@ -1,12 +1,14 @@
 """The arrays of a case, made on the device: standard normal, and NaN wherever no token is."""
 
+import itertools
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import paged_kv
 
@@ -16,22 +18,32 @@ from .workload import Case
 ROTATE_BYTES = 128 * 2**20
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Operands of a case; `tables[i]` names blocks that no other table names."""
+class Arrays(NamedTuple):
+    """What a step is given beside the pools, the same in every copy."""
 
     query: jax.Array
     keys: jax.Array
     values: jax.Array
+    seq_lengths: jax.Array
+    operands: dict[str, Any]  # query_start_loc, sinks, alibi_slopes: those that the case has
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """Operands of a case; `tables[i]` names blocks that no other table names."""
+
+    arrays: Arrays
     key_pool: jax.Array
     value_pool: jax.Array
     tables: list[jax.Array]
-    seq_lengths: jax.Array
-    operands: dict[str, Any]
 
     def cache(self, copy: int = 0) -> paged_kv.PagedKVCache:
         return paged_kv.PagedKVCache(
-            self.key_pool, self.value_pool, self.tables[copy % len(self.tables)], self.seq_lengths
+            self.key_pool,
+            self.value_pool,
+            self.tables[copy % len(self.tables)],
+            self.arrays.seq_lengths,
         )
 
 
@@ -39,33 +51,39 @@ def make_inputs(case: Case, *, seed: int = 0, rotate_bytes: int = ROTATE_BYTES) 
     """Operands of `case`, the same for the same seed; enough copies to pass `rotate_bytes`."""
     copies = case.copies_beyond(rotate_bytes) if rotate_bytes else 1
     tables = case.block_tables(copies, seed)
-    key = jax.random.key(seed)
-    names = ("query", "keys", "values", "key_pool", "value_pool", "sinks", "slopes")
-    draw = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-
-    new_shape = (case.num_tokens, case.num_kv_heads, case.head_dim)
     filled = jnp.asarray(filled_slots(case, tables, copies))
-    pool = partial(_pool, filled, case.num_kv_heads, case.head_dim, case.dtype)
-    operands: dict[str, Any] = {"query_start_loc": None}
-    if case.query_start_loc is not None:
-        operands["query_start_loc"] = jnp.asarray(case.query_start_loc)
-    heads = (case.num_query_heads,)
-    if case.has_sinks:
-        operands["sinks"] = jax.random.normal(draw["sinks"], heads, jnp.float32)
-    if case.has_alibi:
-        operands["alibi_slopes"] = jax.random.uniform(draw["slopes"], heads, jnp.float32, 0.0, 0.1)
+    drawn = draw_arrays(shapes_of(case), filled, jax.random.key(seed))
+    operands = {name: drawn[name] for name in ("sinks", "alibi_slopes") if name in drawn}
+    starts = case.query_start_loc
+    operands["query_start_loc"] = None if starts is None else jnp.asarray(starts)
     return Inputs(
-        query=jax.random.normal(
-            draw["query"], (case.num_tokens, *heads, case.head_dim), case.dtype
+        Arrays(
+            drawn["query"],
+            drawn["keys"],
+            drawn["values"],
+            jnp.asarray(case.seq_lengths, jnp.int32),
+            operands,
         ),
-        keys=jax.random.normal(draw["keys"], new_shape, case.dtype),
-        values=jax.random.normal(draw["values"], new_shape, case.dtype),
-        key_pool=pool(draw["key_pool"]),
-        value_pool=pool(draw["value_pool"]),
-        tables=[jnp.asarray(table) for table in tables],
-        seq_lengths=jnp.asarray(case.seq_lengths, jnp.int32),
-        operands=operands,
+        drawn["key_pool"],
+        drawn["value_pool"],
+        [jnp.asarray(table) for table in tables],
     )
+
+
+class Shapes(NamedTuple):
+    """What the drawn arrays of a case depend on, so that cases alike share a program."""
+
+    num_tokens: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    has_sinks: bool
+    has_alibi: bool
+
+
+def shapes_of(case: Case) -> Shapes:
+    return Shapes(*(getattr(case, name) for name in Shapes._fields))
 
 
 def filled_slots(case: Case, tables: np.ndarray, copies: int) -> np.ndarray:
@@ -83,7 +101,30 @@ def filled_slots(case: Case, tables: np.ndarray, copies: int) -> np.ndarray:
     return np.arange(case.block_size) < tokens[:, None]
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _pool(filled: jax.Array, num_kv_heads: int, head_dim: int, dtype: str, key: jax.Array):
-    values = jax.random.normal(key, (*filled.shape, num_kv_heads, head_dim), dtype)
-    return jnp.where(filled[..., None, None], values, jnp.asarray(jnp.nan, dtype))
+@jax.jit(static_argnums=0)
+def draw_arrays(shapes: Shapes, filled: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    """The drawn arrays by name.  All come from one draw: each would take as long to compile."""
+    heads = (shapes.num_query_heads,)
+    new = shapes.num_tokens, shapes.num_kv_heads, shapes.head_dim
+    dims = {
+        "query": (shapes.num_tokens, *heads, shapes.head_dim),
+        "keys": new,
+        "values": new,
+        "key_pool": (*filled.shape, *new[1:]),
+        "value_pool": (*filled.shape, *new[1:]),
+    }
+    dims |= {"sinks": heads} if shapes.has_sinks else {}
+    ends = list(itertools.accumulate(map(prod, dims.values())))
+    flat = lax.optimization_barrier(jax.random.normal(key, (ends[-1],), shapes.dtype))
+    parts = jnp.split(flat, ends[:-1])
+    drawn = {n: x.reshape(d) for (n, d), x in zip(dims.items(), parts, strict=True)}
+    for name in ("key_pool", "value_pool"):
+        nan = jnp.asarray(jnp.nan, shapes.dtype)
+        drawn[name] = jnp.where(filled[..., None, None], drawn[name], nan)
+    if shapes.has_sinks:
+        drawn["sinks"] = drawn["sinks"].astype(jnp.float32)
+    if shapes.has_alibi:
+        # as in the paper
+        number = jnp.arange(1, heads[0] + 1, dtype=jnp.float32)
+        drawn["alibi_slopes"] = 2.0 ** (-8.0 / heads[0] * number)
+    return drawn

@@ -3,42 +3,89 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-DEVICE, WALL = "device", "wall"
+CUPTI, DEVICE, WALL = "cupti", "device", "wall"
 TPU_LINE = "XLA Modules"  # one event per program; a GPU's lines are streams, one event per kernel
+
+Kernels = list[tuple[str, float]]  # names and seconds of the kernels of one call, in order
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call: the median and the quartiles around it."""
+    """Microseconds per call: the median and the quartiles around it.
+
+    kernels: where the clock tells them apart, each one's name and median.
+    """
 
     median_us: float
     low_us: float
     high_us: float
     repeats: int
     clock: str
+    kernels: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(cls, seconds: Sequence[float], clock: str) -> "Timing":
         low, median, high = np.percentile(np.asarray(seconds) * 1e6, [25, 50, 75]).tolist()
         return cls(median, low, high, len(seconds), clock)
 
+    @classmethod
+    def of_kernels(cls, calls: Sequence[Kernels]) -> "Timing":
+        """A call lasts as long as all of its kernels together."""
+        whole = cls.of([sum(seconds for _, seconds in call) for call in calls], CUPTI)
+        columns = zip(*calls, strict=True)
+        each = tuple((c[0][0], 1e6 * float(np.median([x for _, x in c]))) for c in columns)
+        return replace(whole, kernels=each)
+
 
 def measure(run: Callable[[int], Any], repeats: int, *, warm_up: int = 2) -> Timing:
     """Times `run(0) ... run(repeats - 1)`; each returns arrays, and may donate what it keeps."""
     for index in range(warm_up):
         jax.block_until_ready(run(index))
+    if jax.default_backend() == "gpu" and repeats > 1:
+        calls = _cupti_kernels(run, repeats)
+        if calls is not None:
+            return Timing.of_kernels(calls)
     if jax.default_backend() != "cpu":
         seconds = _device_seconds(run, repeats)
         if seconds is not None:
             return Timing.of(seconds, DEVICE)
     return Timing.of([_wall_seconds(run, index) for index in range(repeats)], WALL)
+
+
+class _Calls:
+    """`run(0)`, then `run(0) ... run(count - 1)`: what a profiler takes for a compiled function.
+
+    It keeps every result until the last one is there; those that a later call may have been given
+    to donate are left out.
+    """
+
+    def __init__(self, run: Callable[[int], Any], count: int):
+        self.run, self.count, self.done = run, count, 0
+
+    def __call__(self) -> Any:
+        index, self.done = self.done - 1, self.done + 1
+        result = self.run(max(index, 0))
+        return result if index in (-1, self.count - 1) else None
+
+    trace = lower = __call__  # of `jax.stages.Wrapped`; no one asks for them
+
+
+def _cupti_kernels(run: Callable[[int], Any], repeats: int) -> list[Kernels] | None:
+    """The kernels of each call; None if this profiler does not tell."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    try:
+        _, calls = profiler.measure(_Calls(run, repeats), aggregate=False, iterations=repeats)()
+    except RuntimeError:  # no CUPTI here, or calls that differ in their kernels
+        return None
+    return calls and [[(name, ms * 1e-3) for name, ms in call] for call in calls]
 
 
 def _wall_seconds(run: Callable[[int], Any], index: int) -> float:

@@ -178,15 +178,15 @@ def test_the_baseline_is_what_the_oracle_says(name):
     case = cases.find(name)
     made = inputs.make_inputs(case, rotate_bytes=0)
     cache = made.cache()
-    variant = case.options | made.operands
+    variant = case.options | made.arrays.operands
     most = int(case.queries.max())
-    out, lse = baseline.attention(made.query, cache, max_query_length=most, **variant)
+    out, lse = baseline.attention(made.arrays.query, cache, max_query_length=most, **variant)
     tokens = [
         [np.asarray(pool)[row].reshape(-1, *pool.shape[2:])[:n] for row, n in rows]
         for rows in [list(zip(np.asarray(cache.block_table), case.seq_lengths, strict=True))]
         for pool in (cache.key_pool, cache.value_pool)
     ]
-    true_out, true_lse = oracle.attention(made.query, *tokens, **variant)
+    true_out, true_lse = oracle.attention(made.arrays.query, *tokens, **variant)
     np.testing.assert_allclose(out, true_out, **tolerances.tolerance("reference float32"))
     np.testing.assert_allclose(lse, true_lse, **tolerances.tolerance("reference float32"))
 
