@@ -165,9 +165,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="repeatable; - reads stdin")
-    add("--max-tokens", type=_number(int, 1), default=128, help="per prompt (default 128)")
-    add("--temperature", type=_number(float, 0), default=0.0, help="0, the default, is greedy")
-    add("--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of a temperature's draws")
+    add("--max-tokens", type=number_type(int, 1), default=128, help="per prompt (default 128)")
+    add("--temperature", type=number_type(float, 0), default=0.0, help="0, the default, is greedy")
+    add("--seed", type=number_type(int, 0, 2**32 - 1), default=0, help="of a temperature's draws")
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -179,10 +179,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=DTYPES,
         help="of weights and cache (default float32 on CPU, else bfloat16)",
     )
-    add("--block-size", type=_number(int, 1), default=16, help="tokens of a block (default 16)")
+    add("--block-size", type=number_type(int, 1), default=16, help="tokens of a block (default 16)")
     add(
         "--num-blocks",
-        type=_number(int, 1),
+        type=number_type(int, 1),
         help="in the cache (default: what the prompts can need)",
     )
     add("--implementation", choices=tuple(PLATFORMS), help="default: the best here")
@@ -199,7 +199,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _number(kind: type, least: float, most: float = float("inf")) -> Callable[[str], float]:
+def number_type(kind: type, least: float, most: float = float("inf")) -> Callable[[str], float]:
     """An argument's type: a number of a kind, within bounds."""
 
     def parse(text):

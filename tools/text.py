@@ -91,8 +91,10 @@ class Text:
             return tokens
         return [self.first_token, *tokens]
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, system: str | None = None) -> list[int]:
         """Tokens of a conversation in which the user has said `message` and the model is to answer.
+
+        `system` are instructions before it; None leaves them to the template.
 
         Raises:
           ModelError: the file has no chat template, or one that fails.
@@ -103,9 +105,12 @@ class Text:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise_template_error
+        messages = [{"role": "user", "content": message}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         try:
             rendered = environment.from_string(self.chat_template).render(
-                messages=[{"role": "user", "content": message}],
+                messages=messages,
                 add_generation_prompt=True,
                 **self.special,
             )
