@@ -1,7 +1,6 @@
 """Which blocks are free: one byte each, searched at the speed of memory, taken in runs."""
 
 from array import array
-from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 GROWTH = 8
 # Free blocks that one search looks for: a 64th of the pool, within these bounds.
 SEARCH_LOW, SEARCH_HIGH = 32, 1024
-# Fewer than one free in so many: those freed last are taken first, and none is left to grow into.
+# Fewer than one free in so many: what is freed waits in hand, and none is left to grow into.
 SPARSE = 32
 
 
@@ -20,7 +19,10 @@ class FreeBlocks:
     Kernels copy neighbouring blocks at once.  So a sequence gets the block after its last one if
     that is free; else the next ones in the order of the pool, where a search has collected them.
     Nothing is reserved: blocks left out to grow into are taken when the search comes round again.
-    Lists of candidates go stale; a block's byte says whether it is free.
+    The list of candidates goes stale; a block's byte says whether it is free.
+
+    A pool that is nearly full would be searched in vain.  There what is freed is kept in hand, in
+    order, with bytes that say used, and handed out again first, the last of it foremost.
 
     No call does Python work per block, and a search over a million used blocks takes about a
     millisecond and finds all that are free.
@@ -33,7 +35,7 @@ class FreeBlocks:
         self._ids = array("i", np.arange(num_blocks, dtype=np.int32).tobytes())  # to cut runs from
         self._found, self._next = array("i"), 0  # what the last search collected, and how far used
         self._cursor = 0  # where the next search starts
-        self._recent: deque[array] = deque(maxlen=64)  # freed last, while few are free
+        self._in_hand = array("i")  # freed while few were free
 
     @property
     def is_sparse(self) -> bool:
@@ -48,17 +50,44 @@ class FreeBlocks:
         taken = array("i")
         if num_blocks and 0 <= after < len(self._flags) - 1 and self._flags[after + 1]:
             taken = self._take_run(after + 1, num_blocks)
+        if self._in_hand and len(taken) < num_blocks:
+            first = max(len(self._in_hand) + len(taken) - num_blocks, 0)
+            taken += self._in_hand[first:]
+            del self._in_hand[first:]
         while len(taken) < num_blocks:
-            missing = num_blocks - len(taken)
-            taken += self._claim(self._recent_blocks(missing) or self._found_blocks(missing))
+            taken += self._claim(self._found_blocks(num_blocks - len(taken)))
         self.count -= num_blocks
         return taken
 
     def give(self, blocks: array) -> None:
         """Puts back blocks that are not free."""
-        if blocks and self.is_sparse:
-            self._recent.append(blocks)
         self.count += len(blocks)
+        if self.is_sparse:
+            self._in_hand += blocks
+            return
+        self._lay_down()
+        self._mark(blocks)
+
+    def remove(self, blocks: Iterable[int]) -> None:
+        """Takes these free blocks."""
+        self._lay_down()
+        for block in blocks:
+            self._flags[block] = 0
+            self.count -= 1
+
+    def check(self, expected: set[int]) -> bool:
+        """Whether exactly `expected` are free."""
+        found = [*np.flatnonzero(self._view).tolist(), *self._in_hand]
+        return len(found) == self.count == len(expected) and set(found) == expected
+
+    def _lay_down(self) -> None:
+        """Leaves no block in hand."""
+        if self._in_hand:
+            self._mark(self._in_hand)
+            self._in_hand = array("i")
+
+    def _mark(self, blocks: array) -> None:
+        """Their bytes say free."""
         if len(blocks) < 8:
             for block in blocks:
                 self._flags[block] = 1
@@ -66,16 +95,6 @@ class FreeBlocks:
             self._flags[blocks[0] : blocks[-1] + 1] = b"\1" * len(blocks)
         else:
             self._view[np.frombuffer(blocks, np.int32)] = True
-
-    def remove(self, blocks: Iterable[int]) -> None:
-        """Takes these free blocks."""
-        for block in blocks:
-            self._flags[block] = 0
-            self.count -= 1
-
-    def check(self, expected: set[int]) -> bool:
-        """Whether exactly `expected` are free."""
-        return self.count == len(expected) and set(np.flatnonzero(self._view).tolist()) == expected
 
     def _is_run(self, blocks: array) -> bool:
         return blocks == self._ids[blocks[0] : blocks[0] + len(blocks)]
@@ -87,17 +106,6 @@ class FreeBlocks:
         stop = stop if used < 0 else used
         self._flags[start:stop] = bytes(stop - start)
         return self._ids[start:stop]
-
-    def _recent_blocks(self, limit: int) -> array | None:
-        """Candidates among the blocks freed last, in their order."""
-        if not self._recent:
-            return None
-        if not self.is_sparse:
-            return self._recent.clear()
-        blocks = self._recent.pop()
-        if len(blocks) > limit:
-            self._recent.append(blocks[limit:])
-        return blocks[:limit]
 
     def _found_blocks(self, limit: int) -> array:
         """Candidates in the order of the pool."""

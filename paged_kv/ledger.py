@@ -66,6 +66,7 @@ class Ledger:
                     self.index.idle[block] = None
                 else:
                     freed.append(block)
+            freed.reverse()  # so that runs stay runs
         self.free.give(freed)
         if self.copies:
             for block in freed:
