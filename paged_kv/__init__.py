@@ -33,6 +33,11 @@ from .rows import paged_dot_product_attention as paged_dot_product_attention
 from .rows import row_positions as row_positions
 from .rows import row_starts as row_starts
 from .sequences import OutOfBlocksError as OutOfBlocksError
+from .sharding import cache_partition_specs as cache_partition_specs
+from .sharding import init_sharded_cache as init_sharded_cache
+from .sharding import sharded_append_and_attend as sharded_append_and_attend
+from .sharding import sharded_append_tokens as sharded_append_tokens
+from .sharding import sharded_paged_attention as sharded_paged_attention
 from .state import advance as advance
 from .state import copy_blocks as copy_blocks
 from .state import reset_sequences as reset_sequences

@@ -9,7 +9,7 @@ kernels, so that one catches the other's mistakes.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,14 @@ class Scoring:
     left: int | None
     right: int | None
     soft_cap: float | None
+    num_ranks: int = 1  # that share each block's slots, see `Part`
+
+
+class Part(NamedTuple):
+    """What one of several ranks attends to: its share of the slots of every block."""
+
+    rank: Array  # int32 scalar: holds slots [rank * block_size, (rank + 1) * block_size)
+    first_key: Array  # (batch,) keys before this position are attended to elsewhere
 
 
 class _Cache(NamedTuple):
@@ -37,6 +45,7 @@ class _Cache(NamedTuple):
     value_pool: Array
     layer: Array
     block_table: Array
+    part: Part | None = None  # None: the whole of every block is here
 
 
 class _Tiles(NamedTuple):
@@ -44,14 +53,15 @@ class _Tiles(NamedTuple):
     token: Array  # (tiles, tokens) packed index, in range
     is_real: Array  # (tiles, tokens)
     position: Array  # (tiles, tokens)
-    start: Array  # (tiles,) first key that a token of the tile sees
+    start: Array  # (tiles,) first key here that a token of the tile sees
     stop: Array  # (tiles,) one past the last
 
 
 class _Keys(NamedTuple):
     """A tile of keys for each tile of queries."""
 
-    position: Array  # (tiles, keys)
+    position: Array  # (tiles, keys) in the sequence
+    is_live: Array  # (tiles, keys) within the tile's range
     block: Array  # (tiles, keys), num_blocks where no key of the tile's range is
     offset: Array
     key: Array  # (tiles, keys, num_kv_heads, head_dim) float32, 0 outside the range
@@ -69,9 +79,10 @@ def attend(
     seq_lengths: Array,
     query_start_loc: Array,
     layer: Array,
+    part: Part | None = None,
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries; pools have a leading layer axis."""
-    cache = _Cache(key_pool, value_pool, layer, block_table)
+    cache = _Cache(key_pool, value_pool, layer, block_table, part)
     tiles = _query_tiles(scoring, is_packed, query.shape[0], cache, seq_lengths, query_start_loc)
     q = _by_kv_head(query, tiles, key_pool.shape[3])  # (n, t, k, g, d)
     n, t, k, g, d = q.shape
@@ -79,7 +90,7 @@ def attend(
 
     def body(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, acc = state
-        kv = _gather(cache, tiles, i, num_keys)
+        kv = _gather(scoring, cache, tiles, i, num_keys)
         scores, seen = _scores(scoring, q, kv, tiles, slopes)
         scores = jnp.where(seen, scores, -jnp.inf)
         top = jnp.maximum(m, scores.max(-1))
@@ -104,15 +115,15 @@ def attend(
 def attend_transposed(
     scoring: Scoring,
     is_packed: bool,
-    residuals: tuple[Array, ...],
+    residuals: tuple[Any, ...],
     out: Array,
     lse: Array,
     d_out: Array,
     d_lse: Array,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Cotangents of query, both pools and slopes; `residuals` are `attend`'s array arguments."""
-    query, key_pool, value_pool, slopes, block_table, seq_lengths, starts, layer = residuals
-    cache = _Cache(key_pool, value_pool, layer, block_table)
+    query, key_pool, value_pool, slopes, block_table, seq_lengths, starts, layer, *part = residuals
+    cache = _Cache(key_pool, value_pool, layer, block_table, *part)
     tiles = _query_tiles(scoring, is_packed, query.shape[0], cache, seq_lengths, starts)
     kv_heads = key_pool.shape[3]
     by_row = lambda x: _by_kv_head(x, tiles, kv_heads).transpose(0, 2, 3, 1, 4)
@@ -126,7 +137,7 @@ def attend_transposed(
 
     def body(i: Array, grads: tuple) -> tuple:
         d_query, d_keys, d_values, d_slopes = grads
-        kv = _gather(cache, tiles, i, num_keys)
+        kv = _gather(scoring, cache, tiles, i, num_keys)
         make = lambda q, key, slopes: _scores(scoring, q, kv._replace(key=key), tiles, slopes)
         scores, transpose, seen = jax.vjp(make, q, kv.key, slopes, has_aux=True)
         seen &= is_seen_row[..., None]
@@ -244,6 +255,9 @@ def _query_tiles(
     is_attending = _has_its_blocks(scoring, cache, seq_lengths, counts)[sequence]
     is_real_query = is_real & (position >= 0) & is_attending[:, None]
     start, stop = _span(scoring, position, length)
+    if cache.part is not None:
+        start = jnp.maximum(start, cache.part.first_key[sequence][:, None])
+        start, stop = (_held(scoring, cache, x) for x in (start, stop))
     start = jnp.where(is_real_query, start, jnp.iinfo(jnp.int32).max).min(1)
     stop = jnp.where(is_real_query, stop, 0).max(1)
     return _Tiles(sequence, token, is_real, position, jnp.minimum(start, stop), stop)
@@ -260,9 +274,17 @@ def _span(scoring: Scoring, position: Array, length: Array) -> tuple[Array, Arra
     return start, stop
 
 
+def _held(scoring: Scoring, cache: _Cache, count: Array) -> Array:
+    """How many of a sequence's first `count` tokens are here."""
+    assert cache.part is not None
+    size = cache.key_pool.shape[2]
+    blocks, rest = count // (size * scoring.num_ranks), count % (size * scoring.num_ranks)
+    return blocks * size + jnp.clip(rest - cache.part.rank * size, 0, size)
+
+
 def _has_its_blocks(scoring: Scoring, cache: _Cache, seq_lengths: Array, counts: Array) -> Array:
     """Whether all entries that a sequence's queries reach are in the pool: else it sees no key."""
-    num_blocks, block_size = cache.key_pool.shape[1:3]
+    num_blocks, block_size = cache.key_pool.shape[1], cache.key_pool.shape[2] * scoring.num_ranks
     start, _ = _span(scoring, jnp.maximum(seq_lengths - counts, 0), seq_lengths)
     first_key = jnp.arange(cache.block_table.shape[1], dtype=jnp.int32) * block_size
     is_used = first_key[None, :] < seq_lengths[:, None]
@@ -310,7 +332,7 @@ def _num_steps(tiles: _Tiles, num_keys: int) -> Array:
     return (jnp.max(tiles.stop - tiles.start, initial=0) + num_keys - 1) // num_keys
 
 
-def _gather(cache: _Cache, tiles: _Tiles, i: Array, num_keys: int) -> _Keys:
+def _gather(scoring: Scoring, cache: _Cache, tiles: _Tiles, i: Array, num_keys: int) -> _Keys:
     """The i-th tile of keys and values of each tile of queries."""
     num_layers, num_blocks, block_size = cache.key_pool.shape[:3]
     position = (tiles.start + i * num_keys)[:, None]
@@ -326,7 +348,10 @@ def _gather(cache: _Cache, tiles: _Tiles, i: Array, num_keys: int) -> _Keys:
         # unowned slots may hold NaN, and 0 * NaN is NaN
         return jnp.where(is_live[:, :, None, None], rows, 0.0)
 
-    return _Keys(position, block, offset, read(cache.key_pool), read(cache.value_pool))
+    if cache.part is not None:
+        size = block_size * scoring.num_ranks
+        position = position // block_size * size + cache.part.rank * block_size + offset
+    return _Keys(position, is_live, block, offset, read(cache.key_pool), read(cache.value_pool))
 
 
 def _scores(
@@ -341,7 +366,7 @@ def _scores(
         distance = jnp.abs(query_at - key_at).astype(jnp.float32)[:, None, None]
         slope = slopes.astype(jnp.float32).reshape(1, *q.shape[2:4], 1, 1)
         scores = scores - slope * distance
-    seen = (key_at < tiles.stop[:, None, None]) & (query_at >= 0) & tiles.is_real[:, :, None]
+    seen = kv.is_live[:, None, :] & (query_at >= 0) & tiles.is_real[:, :, None]
     if scoring.right is not None:
         seen &= key_at <= query_at + scoring.right
     if scoring.left is not None:

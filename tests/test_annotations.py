@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-API = ("allocator", "cache", "device_allocator", "moving", "ops", "sequences", "state")
+API = ("allocator", "cache", "device_allocator", "moving", "ops", "sequences", "sharding", "state")
 HOOK = ",".join([*(f"paged_kv.{name}" for name in API), "beartype.beartype"])
 WRONG_CALL = """
 import jax.numpy as jnp, jaxtyping, paged_kv, pytest

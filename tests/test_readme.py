@@ -1,5 +1,6 @@
 """README.md does what it says: its examples run, its commands name what exists."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import paged_kv
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLE, MODEL, MEMORY = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MODEL, MEMORY, SHARDING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^python3 .*$", README, re.MULTILINE)
 
 
@@ -98,6 +99,19 @@ def test_the_memory_example_shares_a_prefix(example):
     assert allocator.blocks("ann") == [0, 1, 2]
     assert allocator.match_prefix("cid", range(40), salt="tenant 1") == 32
     assert allocator.match_prefix("dan", range(40), salt="tenant 2") == 0
+
+
+def test_the_sharding_example_decodes_as_one_device(example):
+    rows = np.arange(4)[:, None] % 2 * 8 + np.arange(8)
+    names = {**example, "functools": functools, "table": jnp.asarray(rows, jnp.int32)}
+    exec(compile(SHARDING, "README.md, fourth example", "exec"), names)
+    query, keys, values = (
+        jax.random.normal(jax.random.key(h), (4, h, 64), jnp.bfloat16) for h in (8, 2, 2)
+    )
+    out, cache = names["decode"](query, keys, values, names["cache"])
+    np.testing.assert_array_equal(out, jnp.repeat(values, 4, axis=1))  # each sees only itself
+    assert cache.seq_lengths.tolist() == [1] * 4
+    assert {shard.data.shape for shard in cache.key_pool.addressable_shards} == {(32, 16, 1, 64)}
 
 
 def test_each_command_sets_up_everything():
