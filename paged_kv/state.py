@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int32
 
 from . import validate, validate_values
@@ -63,7 +64,8 @@ def set_block_table(
 ) -> PagedKVCache:
     """Replaces the table, or the rows of it where `mask` is true.  Lengths stay.
 
-    Two sequences may share a block: the way to share a prefix on purpose.
+    Two sequences may share a block: the way to share a prefix on purpose.  The new table lies where
+    the old one does, on a mesh too.
 
     Raises:
       ValueError: shapes or dtypes differ from the cache's.
@@ -73,7 +75,16 @@ def set_block_table(
     if mask is not None:
         validate.row_mask("mask", mask, cache)
         block_table = jnp.where(jnp.asarray(mask)[:, None], block_table, cache.block_table)
-    return replace(cache, block_table=block_table)
+    return replace(cache, block_table=_placed_like(cache.block_table, block_table))
+
+
+def _placed_like(old: Array, new: Array) -> Array:
+    """`new` over the devices of `old`, if that lies over a mesh."""
+    if validate.is_concrete(old, new):
+        is_on_mesh = isinstance(getattr(old, "sharding", None), NamedSharding)
+        return jax.device_put(new, old.sharding) if is_on_mesh else new
+    sharding = jax.typeof(old).sharding  # of explicit axes
+    return new if jax.typeof(new).sharding == sharding else jax.sharding.reshard(new, sharding)
 
 
 def copy_blocks(
