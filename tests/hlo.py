@@ -140,3 +140,14 @@ def assert_updated_in_place(compiled, num_elements, num_pools=2):
     assert aliased == large, f"pools {sorted(large - aliased)} are not aliased to an output"
     copies = large_copies(compiled, num_elements)
     assert not copies, "copies of a pool:\n" + "\n".join(copies)
+
+
+# What a GPU runs a kernel, or a copy, for; all else of an entry computation costs no launch.
+NO_LAUNCH = NO_BUFFER | {"constant"}
+
+
+def launches(compiled):
+    """Names of what a program without loops launches on a GPU, in order."""
+    program = parse(compiled)
+    entry = program.computations[program.entry].values()
+    return [i.name for i in entry if i.opcode not in NO_LAUNCH]

@@ -14,7 +14,8 @@ import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
 from paged_kv.kernels.gpu import decode_plan, plan, unsupported_version
-from tools.gpu_compile import compiler
+from tools.gpu_compile import archs, compiler
+from tools.gpu_compile.__main__ import compile_case
 
 pytestmark = [
     pytest.mark.aot,
@@ -171,6 +172,16 @@ def test_donated_append_compiles_and_copies_no_pool(tokens, kv_heads, head_dim, 
     (kernel,) = report.kernels
     assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
     hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
+
+
+@pytest.mark.parametrize("name", ["append_64", "append_32k"])
+def test_an_append_launches_one_kernel(name):
+    """And all its threads fit an SM at once, which keeps enough bytes on their way."""
+    report = compile_case(name, "H100")
+    (kernel,) = report.kernels
+    assert (kernel.spill_stores, kernel.spill_loads, kernel.smem_bytes) == (0, 0, 0)
+    assert kernel.blocks_per_sm * 128 == archs.THREADS_PER_SM
+    assert len(hlo.launches(report.compiled)) == 1
 
 
 SIZES = steps.Sizes(num_blocks=1 << 14)

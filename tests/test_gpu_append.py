@@ -25,6 +25,7 @@ FORMS = [
     AppendForm(33, 16, 5, 96, "bfloat16", num_layers=2),
     AppendForm(70, 5, 1, 8, "float32", batch=3),
     AppendForm(19, 64, 8, 256, "float16", batch=1),
+    AppendForm(21, 16, 8, 64, "bfloat16", num_layers=2),
 ]
 
 

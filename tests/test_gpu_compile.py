@@ -63,7 +63,7 @@ def test_the_tool_tells_and_writes_what_a_case_takes(tmp_path, capsys):
     )  # fmt: skip
     assert (record["spill_stores"], record["spill_loads"]) == (0, 0)
     assert record["registers"] > 0
-    assert record["ops"] is None or record["ops"]["UTMALDG"] > 0
+    assert record["ops"] is None or record["ops"]["STG"] > 0
     printed = capsys.readouterr()
     assert "no case 'nothing'" in printed.err
     assert "pools of float32 are none of bfloat16, float16" in printed.err

@@ -1,23 +1,25 @@
-"""Writes new tokens into the pools, in place: keys and values in one kernel.
+"""Writes new tokens into the pools, in place: keys and values in one kernel, and nothing beside it.
 
-CTA c takes chunks c, c + num_ctas, ... of the packed tokens
+A CTA brings a chunk of packed tokens, works out each one's slot from the table while they are on
+their way, and writes those that have one.  Tokens whose row gives every thread of a warpgroup
+enough go through registers; others through shared memory:
 
-keys, values --TMA--> shared memory --one TMA per token--> its slot, where it has one
+keys, values --loads--> registers --stores--> slots
+keys, values --TMA--> shared memory --one TMA per token--> slots
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core import layout
 from ..core.problem import AppendProblem, CacheShape
 from . import blocks
-from .blocks import divide, pl, plgpu
+from .blocks import divide, pl, plgpu, remainder
 from .plan import (
     INT32_MAX,
     MAX_SIMULATED_CTAS,
@@ -33,31 +35,62 @@ COPY_ALIGNMENT = 128  # bytes, of a copy's end in shared memory
 ROW_ALIGNMENT = 16  # bytes, of a copy's rows
 CHUNK_BYTES = 16384  # of keys, as many of values: several CTAs share an SM
 MAX_BOX = 256  # elements of a copy along one axis
+THREADS = 128
+THREAD_BYTES = 8, 16  # that a thread loads at once, at least and at most
+MAX_ROW_BYTES = 16384  # of a token in registers, keys and values each
+PAIR_CTAS = 32 * NUM_SMS  # from twice as many tokens on, a CTA has two of them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the tokens of a call are cut."""
+    """How the tokens of a call are cut.
 
+    vector: values that a thread loads at once, 0 for a way through shared memory.
+    token_rows: num_kv_heads, there padded so that every token starts aligned.
+    """
+
+    vector: int
     chunk_tokens: int
     num_chunks: int
-    token_rows: int  # num_kv_heads, padded so that every token starts aligned
+    token_rows: int
     num_ctas: int
 
 
+class Inputs(NamedTuple):
+    """Refs in device memory; the pools are written in place.
+
+    In registers a token is one row of all its heads, (num_kv_heads * head_dim,), everywhere.
+    """
+
+    key_pool: Any  # (num_layers * num_blocks * block_size, num_kv_heads, head_dim)
+    value_pool: Any
+    keys: Any  # (num_tokens, token_rows, head_dim)
+    values: Any
+    table: Any  # int32 (batch, max_blocks_per_seq)
+    seq_lengths: Any  # int32 (batch,)
+    starts: Any  # int32 (batch + 1,), of a packed batch
+    layer: Any  # int32 (1,)
+
+
 def make_plan(problem: AppendProblem, *, is_simulated: bool = False) -> Plan:
-    token_rows = _token_rows(problem.cache)
-    token_bytes = token_rows * _row_bytes(problem.cache)
-    # small calls are spread over all SMs, large ones are cut by what a CTA holds
-    spread = -(-problem.num_tokens // (MAX_SIMULATED_CTAS if is_simulated else NUM_SMS))
-    chunk_tokens = max(1, min(CHUNK_BYTES // token_bytes, spread, MAX_BOX))
-    num_chunks = -(-problem.num_tokens // chunk_tokens)
+    num_tokens, vector = problem.num_tokens, _vector(problem.cache)
+    token_rows = problem.cache.num_kv_heads if vector else _token_rows(problem.cache)
+    if vector:
+        chunk_tokens = 2 if is_simulated or num_tokens >= 2 * PAIR_CTAS else 1
+    else:
+        token_bytes = token_rows * _row_bytes(problem.cache)
+        # small calls are spread over all SMs, large ones are cut by what a CTA holds
+        spread = -(-num_tokens // (MAX_SIMULATED_CTAS if is_simulated else NUM_SMS))
+        chunk_tokens = max(1, min(CHUNK_BYTES // token_bytes, spread, MAX_BOX))
+    num_chunks = -(-num_tokens // chunk_tokens)
     num_ctas = min(num_chunks, MAX_SIMULATED_CTAS) if is_simulated else num_chunks
-    return Plan(chunk_tokens, num_chunks, token_rows, num_ctas)
+    return Plan(vector, chunk_tokens, num_chunks, token_rows, num_ctas)
 
 
 def scratch(problem: AppendProblem, plan: Plan) -> dict[str, Buffer | Union | Barriers]:
     """The shared memory of one CTA, by the names of the kernel's parameters."""
+    if plan.vector:
+        return {}
     cache = problem.cache
     chunk = Buffer((plan.chunk_tokens, plan.token_rows, cache.head_dim), cache.dtype)
     return {"key_smem": chunk, "value_smem": chunk, "full": Barriers(1, 2)}
@@ -65,6 +98,15 @@ def scratch(problem: AppendProblem, plan: Plan) -> dict[str, Buffer | Union | Ba
 
 def _row_bytes(cache: CacheShape) -> int:
     return cache.head_dim * np.dtype(cache.dtype).itemsize
+
+
+def _vector(cache: CacheShape) -> int:
+    """Values that each thread of a warpgroup loads at once; 0 where that is too little."""
+    size, width = np.dtype(cache.dtype).itemsize, cache.num_kv_heads * cache.head_dim
+    if width % THREADS or width * size > MAX_ROW_BYTES:
+        return 0
+    per_thread = int(np.gcd(width // THREADS, THREAD_BYTES[1] // size))
+    return per_thread if per_thread * size >= THREAD_BYTES[0] else 0
 
 
 def _token_rows(cache: CacheShape) -> int:
@@ -137,31 +179,26 @@ def _append(
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
-    token = layout.locate_tokens(query_start_loc, seq_lengths, problem.num_tokens)
-    place = layout.locate_slots(
-        block_table,
-        token.sequence,
-        token.position,
-        block_size=cache.block_size,
-        num_blocks=cache.num_blocks,
-    )
-    block = layer * cache.num_blocks + place.block
-    slots = jnp.where(place.is_valid, block * cache.block_size + place.offset, -1)
-    padding = plan.num_chunks * plan.chunk_tokens - problem.num_tokens
-    slots = jnp.pad(slots, (0, padding), constant_values=-1)
+    width = cache.num_kv_heads * cache.head_dim
+    token = (width,) if plan.vector else (cache.num_kv_heads, cache.head_dim)
     padding = ((0, 0), (0, plan.token_rows - cache.num_kv_heads), (0, 0))
-    pools = [
-        jax.new_ref(pool.reshape(-1, cache.num_kv_heads, cache.head_dim))
-        for pool in (key_pool, value_pool)
-    ]
-    _call(problem, plan, interpret)(*pools, jnp.pad(keys, padding), jnp.pad(values, padding), slots)
+
+    def as_tokens(new: jax.Array) -> jax.Array:
+        return new.reshape(-1, width) if plan.vector else jnp.pad(new, padding)
+
+    pools = [jax.new_ref(pool.reshape(-1, *token)) for pool in (key_pool, value_pool)]
+    new = as_tokens(keys), as_tokens(values)
+    # one token per sequence needs no starts, which XLA would have to make
+    starts = query_start_loc if problem.is_packed else seq_lengths
+    where = block_table, seq_lengths, starts, layer.reshape(1)
+    _call(problem, plan, interpret)(*Inputs(*pools, *new, *where))
     written = [jax.freeze(pool).reshape(key_pool.shape) for pool in pools]
     return written[0], written[1]
 
 
 def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:
     return blocks.kernel(
-        partial(_body, plan=plan),
+        partial(_body, problem=problem, plan=plan),
         name="paged_append",
         cost=problem.cost,
         out_type=(),
@@ -173,35 +210,91 @@ def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:
     )
 
 
-def _body(
-    key_pool_ref: Any,  # (slots, num_kv_heads, head_dim), in place
-    value_pool_ref: Any,
-    keys_ref: Any,  # (num_tokens, token_rows, head_dim)
-    values_ref: Any,
-    slots_ref: Any,  # int32 (num_chunks * chunk_tokens,), -1 for none
-    *,
+def _body(*refs: Any, problem: AppendProblem, plan: Plan, **smem: Any) -> None:
+    inputs, cta = Inputs(*refs), lax.axis_index("cta")
+    write = partial(_through_registers if plan.vector else _through_smem, problem, plan, inputs)
+    if plan.num_ctas == plan.num_chunks:
+        write(cta * plan.chunk_tokens, **smem)
+        return
+
+    @pl.loop(0, divide(plan.num_chunks - 1 - cta, plan.num_ctas) + 1)
+    def _(index):
+        write((cta + index * plan.num_ctas) * plan.chunk_tokens, **smem)
+
+
+def _through_registers(problem: AppendProblem, plan: Plan, inputs: Inputs, first: Any) -> None:
+    """A chunk of tokens from `first` on; the last one may pass the end."""
+    width = problem.cache.num_kv_heads * problem.cache.head_dim
+    layout = plgpu.Layout.WG_STRIDED((width,), plan.vector)
+    tokens = [first + i for i in range(plan.chunk_tokens)]
+    inside = [jnp.minimum(token, problem.num_tokens - 1) for token in tokens]
+    load = partial(plgpu.load, layout=layout)
+    loaded = [(load(inputs.keys.at[i]), load(inputs.values.at[i])) for i in inside]
+    slots = [_slot(problem, inputs, token) for token in tokens]
+    for (key, value), slot in zip(loaded, slots, strict=True):
+
+        @pl.when(slot >= 0)
+        def _(key=key, value=value, slot=slot):
+            inputs.key_pool[slot] = key
+            inputs.value_pool[slot] = value
+
+
+def _through_smem(
+    problem: AppendProblem,
     plan: Plan,
+    inputs: Inputs,
+    first: Any,
+    *,
     key_smem: Any,
     value_smem: Any,
     full: Any,
 ) -> None:
-    cta, num_heads = lax.axis_index("cta"), key_pool_ref.shape[1]
+    """The same; rows past the end are zeros in shared memory, and have no slot."""
+    chunk = pl.ds(first, plan.chunk_tokens)
+    plgpu.copy_gmem_to_smem(inputs.keys.at[chunk], key_smem, full)
+    plgpu.copy_gmem_to_smem(inputs.values.at[chunk], value_smem, full)
+    plgpu.barrier_wait(full)
+    heads = pl.ds(0, problem.cache.num_kv_heads)
 
-    @pl.loop(0, divide(plan.num_chunks - 1 - cta, plan.num_ctas) + 1)
-    def _(index):
-        first = (cta + index * plan.num_ctas) * plan.chunk_tokens
-        # the last chunk may pass the end: its rows are zeros there, and have no slot
-        chunk = pl.ds(first, plan.chunk_tokens)
-        plgpu.copy_gmem_to_smem(keys_ref.at[chunk], key_smem, full)
-        plgpu.copy_gmem_to_smem(values_ref.at[chunk], value_smem, full)
-        plgpu.barrier_wait(full)
-        for token in range(plan.chunk_tokens):
-            slot = slots_ref[first + token]
+    @pl.loop(0, plan.chunk_tokens)
+    def _(token):
+        slot = _slot(problem, inputs, first + token)
 
-            @pl.when(slot >= 0)
-            def _(token=token, slot=slot):
-                rows = token, pl.ds(0, num_heads)
-                plgpu.copy_smem_to_gmem(key_smem.at[rows], key_pool_ref.at[slot])
-                plgpu.copy_smem_to_gmem(value_smem.at[rows], value_pool_ref.at[slot])
+        @pl.when(slot >= 0)
+        def _():
+            rows = token, heads
+            plgpu.copy_smem_to_gmem(key_smem.at[rows], inputs.key_pool.at[slot])
+            plgpu.copy_smem_to_gmem(value_smem.at[rows], inputs.value_pool.at[slot])
 
-        plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _slot(problem: AppendProblem, inputs: Inputs, token: Any) -> Any:
+    """Where a token goes in the pool of all layers, -1 for nowhere; nothing outside is read."""
+    cache = problem.cache
+    sequence = _sequence(problem, inputs, token)
+    row = jnp.minimum(sequence, cache.batch - 1)
+    # a step's tokens are the last ones of their sequence
+    end = inputs.starts[row + 1] if problem.is_packed else row + 1
+    position = inputs.seq_lengths[row] - end + token
+    index = divide(jnp.maximum(position, 0), cache.block_size)
+    is_inside = (sequence < cache.batch) & (position >= 0) & (index < cache.max_blocks_per_seq)
+    block = inputs.table[row, jnp.minimum(index, cache.max_blocks_per_seq - 1)]
+    is_inside &= (block >= 0) & (block < cache.num_blocks)
+    offset = remainder(jnp.maximum(position, 0), cache.block_size)
+    slot = (inputs.layer[0] * cache.num_blocks + block) * cache.block_size + offset
+    return jnp.where(is_inside, slot, -1)
+
+
+def _sequence(problem: AppendProblem, inputs: Inputs, token: Any) -> Any:
+    """The sequence of a token, or a number past the last one: the last that starts before it."""
+    batch = problem.cache.batch
+    if not problem.is_packed:
+        return token
+    sequence, step = jnp.int32(0), 1 << (batch.bit_length() - 1)
+    while step:  # of a binary search
+        candidate = sequence + step
+        is_before = inputs.starts[jnp.minimum(candidate, batch)] <= token
+        sequence = jnp.where((candidate <= batch) & is_before, candidate, sequence)
+        step //= 2
+    return sequence
