@@ -4,9 +4,10 @@ All query heads of a row meet all (token, kv head) rows of a tile of blocks in o
 scores of foreign heads are masked together with the tokens past the end, and so one second product
 gives every head its own output.  No row is extracted, shifted or transposed.
 
-`pipeline` has the step that the time goes to, `decode_copies` what it waits for, `worklist` what it
-works on; `decode_append` writes new tokens on the way.  Rows are single tokens, one per sequence
-here; the list may as well be the one-token rows of a packed batch.
+`pipeline` has the step that the time goes to, `one_step` that of a call that has no other,
+`decode_copies` what they wait for, `worklist` what they work on; `decode_append` writes new tokens
+on the way.  Rows are single tokens, one per sequence here; the list may as well be the one-token
+rows of a packed batch.
 """
 
 from functools import partial
@@ -21,7 +22,7 @@ from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule
 from . import decode_plan as plans
-from . import pipeline, worklist
+from . import one_step, pipeline, worklist
 from .blocks import COMPILER_PARAMS, allocate, interpreter
 from .decode_append import KEYS, VALUES, NewTokens, Slots, in_units
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
@@ -188,7 +189,7 @@ def _kernel(problem: Problem, plan: DecodePlan, *refs: Any) -> None:
     @pl.when(work.num_steps > 0)
     def _() -> None:
         if plan.is_one_step:
-            pipeline.run_once(step, work.items(work.first()))
+            one_step.run(step, work.items(work.first()))
         else:
             _pipeline(step)
 
@@ -237,6 +238,7 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
         passed=pipeline.Passed(
             passed, jnp.minimum(work.num_rows, 0), jnp.minimum(work.num_steps, 0)
         ),
+        group=problem.group,
         token=pipeline.lane_tokens(plan, problem.group),
     )
 
@@ -313,11 +315,19 @@ def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
 
     is_whole = work.are_full(groups.next) & work.are_whole(groups.before)
     lax.cond(is_whole, wait_for_whole, wait)
-    is_full = work.are_full([*groups.third, *groups.next])
-    way = jnp.where(is_full, 0, 1)
-    if plan.run > 1:
-        are_runs = copies.are_runs(slot, copies.keys, groups.third)
-        are_runs &= copies.are_runs(slot, copies.values, groups.next)
-        way = jnp.where(is_full & are_runs, 2, way)
-    lax.switch(way, [partial(pipeline.run, step, slot, way, groups) for way in plan.variants])
+    pipeline.mask_ends(step, slot, groups.this)
+    if len(plan.variants) == 1:
+        pipeline.run(step, slot, plan.variants[0], groups)
+    else:
+        _choose(step, slot, groups)
     step.new.wait(groups.next, groups.before)
+
+
+def _choose(step: Step, slot: int, groups: Groups) -> None:
+    """Runs the body for the way that the step's blocks lie."""
+    plan, copies, work = step.plan, step.copies, step.copies.work
+    is_full = work.are_full([*groups.third, *groups.next])
+    are_runs = copies.are_runs(slot, copies.keys, groups.third)
+    are_runs &= copies.are_runs(slot, copies.values, groups.next)
+    way = jnp.where(is_full, jnp.where(are_runs, 2, 0), 1)
+    lax.switch(way, [partial(pipeline.run, step, slot, way, groups) for way in plan.variants])

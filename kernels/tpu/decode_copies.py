@@ -231,15 +231,28 @@ def tied(plan: DecodePlan, x: jax.Array, buffer: Any) -> jax.Array:
 
 
 class Paced:
-    """A list of copies, started bit by bit over the first part of a step."""
+    """A list of copies, started bit by bit over the first part of a step.
 
-    def __init__(self, copies: list[Callable[[], None]], num_chunks: int, spread: float):
-        self._copies, self._started = copies, 0
+    when: they are started only if this holds, without a branch: the compiler predicates them.
+    """
+
+    def __init__(
+        self, copies: list[Callable[[], None]], num_chunks: int, spread: float, when: Any = None
+    ):
+        self._copies, self._started, self._when = copies, 0, when
         self._chunks = max(1, int(num_chunks * spread))
 
     def after(self, chunk: int) -> None:
         """Starts what is due after a chunk of the step."""
         due = min(len(self._copies), ceil(len(self._copies) * (chunk + 1) / self._chunks))
-        for start in self._copies[self._started : due]:
-            start()
+        some = self._copies[self._started : due]
+
+        def start_some() -> None:
+            for start in some:
+                start()
+
+        if self._when is None:
+            start_some()
+        elif some:
+            pl.when(self._when)(start_some)
         self._started = max(self._started, due)

@@ -86,8 +86,11 @@ class DecodePlan:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Ways of copying a step's blocks, each compiled into a body of its own."""
-        return ("scattered", "general", *(("runs",) if self.run > 1 else ()))
+        """Ways of copying a step's blocks, each compiled into a body of its own.
+
+        Where copies are the limit, they have no cycle to spare for a predicate.
+        """
+        return ("scattered", "general", "runs") if self.run > 1 else ("any",)
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -99,6 +102,11 @@ class DecodePlan:
     def passes_sums(self) -> bool:
         """Whether sums go from chunk to chunk through memory: many heads leave no registers."""
         return self.num_heads > MANY_HEADS
+
+    @property
+    def seen_chunks(self) -> int:
+        """Exponentials wait for scores so many chunks earlier."""
+        return 1 if self.passes_sums else 2
 
     @property
     def num_passed(self) -> int:

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
-from .decode_append import KEYS, VALUES, NewTokens
-from .decode_copies import Copies, Paced, clear_pads, rows_of, tied
+from .decode_append import NewTokens
+from .decode_copies import Copies, Paced, rows_of, tied
 from .decode_plan import SETS, STATS, UNIT_ROWS, DecodePlan
 from .plan import LANES
 from .worklist import Item
@@ -83,7 +83,20 @@ class Step:
     weights: tuple[Any, ...]  # (num_heads, step_rows), bfloat16
     stats: tuple[Any, ...]  # (items_per_step, STATS, num_heads, LANES)
     passed: Passed
+    group: int  # query heads of a kv head
     token: Any  # (num_heads, LANES): of a lane's key, within its register; or FOREIGN
+
+    @property
+    def masks_later(self) -> bool:
+        """Whether scores are masked a step after they are made, and only where a row ends.
+
+        Many heads leave no registers for it.  What a score depends on by its position comes first.
+        """
+        return self.plan.passes_sums and not self.has_positions
+
+    @property
+    def has_positions(self) -> bool:
+        return self.slopes is not None or self.variant.left is not None
 
     def pass_on(self, which: int, value: Any) -> Any:
         """A chunk's sum for the next chunk, through memory if registers are few."""
@@ -97,9 +110,10 @@ class Step:
         return self.passed.get(which) if value is None else value
 
 
-def lane_tokens(plan: DecodePlan, group: int) -> Any:
+def lane_tokens(plan: DecodePlan, group: int, zero: Any = 0) -> Any:
+    """With a `zero` that the compiler does not know, it makes them anew and keeps no registers."""
     shape = (plan.num_heads, LANES)
-    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1) + zero
     row = lax.broadcasted_iota(jnp.int32, shape, 0)
     is_own = lax.rem(lane, plan.num_kv_heads) == lax.div(row, group)
     return jnp.where(is_own, lax.div(lane, plan.num_kv_heads), FOREIGN)
@@ -148,7 +162,8 @@ class ScoreStage:
             scores = self._masked(item.left, token, dots[:, j : j + LANES])
             step.scores[self.slot][:, pl.ds(at + j, LANES)] = scores
             top = scores if top is None else jnp.maximum(top, scores)
-        self.seen.append(top[:8])
+        # the first register, or of many the last one that the matrix unit hands over
+        self.seen.append(top[-8:] if plan.passes_sums else top[:8])
         if first + plan.chunk_rows == plan.tile_rows:
             step.stats[self.slot][u, LANE_TOP] = top
         else:
@@ -158,10 +173,9 @@ class ScoreStage:
         """Scores of a register; positions count from its first token."""
         step = self.step
         slope = None if step.slopes is None else step.slopes[...]
-        has_positions = slope is not None or step.variant.left is not None
         # without positions, the other heads' keys are all that a full tile hides
-        stop = FOREIGN if self.are_full and not has_positions else left - token
-        position = stop - 1 if has_positions else 0  # any that is not negative
+        stop = FOREIGN if self.are_full and not step.has_positions else left - token
+        position = stop - 1 if step.has_positions else 0  # any that is not negative
         scores = step.variant.score(dots, position, step.token, slope, LOG2E)
         keep = step.variant.keep(position, step.token, stop)
         return jnp.where(keep, scores, softmax.MASK)
@@ -249,94 +263,78 @@ def write(step: Step, item: Item, state: softmax.State) -> None:
 
 
 def run(step: Step, slot: int, way: str, groups: Groups) -> None:
-    """One step in one block of code, `way` being how its blocks are copied."""
+    """One step in one block of code, `way` being how its blocks are copied.
+
+    Copies of full tiles are started inside of it, in the "general" way those of any tiles before
+    it; in the way called "any" it depends on the tiles.
+    """
     plan, copies = step.plan, step.copies
     ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
-    is_tied = way != "general"
+    is_tied, is_fast = way != "general", None
     keys, values = [], []
     if is_tied:
         count = plan.run if way == "runs" else 1
         keys = copies.listed(slot, copies.keys, groups.third, slot, count)
         values = copies.listed(slot, copies.values, groups.next, ahead, count)
-    else:
-        copies.start(slot, copies.keys, groups.third, slot)
-        copies.start_full(slot, copies.values, groups.next, ahead)
+    if way == "any":
+        is_fast = copies.work.are_full([*groups.third, *groups.next])
+        pl.when(~is_fast)(partial(_start_before, copies, slot, groups))
+    elif not is_tied:
+        _start_before(copies, slot, groups)
     chunks = plan.chunks
-    pace = partial(Paced, num_chunks=len(chunks), spread=plan.spread)
+    pace = partial(Paced, num_chunks=len(chunks), spread=plan.spread, when=is_fast)
     keys, values = pace(keys), pace(values)
     weigh = SoftmaxStage(step, slot, groups.this)
     fillings = copies.keys.buffers[slot], copies.values.buffers[ahead]
     fillings = fillings if is_tied else (None, None)
-    score = ScoreStage(step, ahead, groups.next, are_full=is_tied, filling=fillings[0])
+    are_full = step.masks_later if way == "any" else is_tied
+    score = ScoreStage(step, ahead, groups.next, are_full=are_full, filling=fillings[0])
     take = ValueStage(step, behind, groups.before, fillings[1])
     for i, (u, first) in enumerate(chunks):
         score.chunk(u, first)
         keys.after(i)
+        earlier = i - plan.seen_chunks
+        weigh.chunk(u, first, score.seen[earlier] if earlier >= 0 else None)
+        take.chunk(u, first)
+        values.after(i)
         if i == 0:
             copies.start_slices(ahead, copies.keys, groups.fourth)
             copies.start_slices(ahead, copies.values, groups.second)
-        weigh.chunk(u, first, score.seen[i - 2] if i >= 2 else None)
-        take.chunk(u, first)
-        values.after(i)
 
 
-def run_once(step: Step, items: list[Item]) -> None:
-    """All of a call in one step: no items before or after to hide behind."""
-    copies, slot = step.copies, 0
-    clear_pads(step.plan, (copies.keys, copies.values))
-    for stream in (copies.keys, copies.values):
-        copies.start_slices(slot, stream, items)
-    copies.wait_slices(slot)
-    is_whole = copies.work.are_whole(items)
-    lax.cond(is_whole, partial(_once_full, step, items), partial(_once_cut, step, items))
+def _start_before(copies: Copies, slot: int, groups: Groups) -> None:
+    """Starts the copies of a step's blocks, whatever its tiles hold."""
+    copies.start(slot, copies.keys, groups.third, slot)
+    copies.start_full(slot, copies.values, groups.next, (slot + 1) % SETS)
 
 
-def _once_full(step: Step, items: list[Item]) -> None:
-    """Nothing but full tiles: one block of code.  Values are fetched beside the first scores."""
-    copies, slot = step.copies, 0
-    keys, values = (
-        copies.listed(slot, stream, items, slot, 1) for stream in (copies.keys, copies.values)
-    )
-    some = len(values) // 4  # so that memory has work while the others are started
-    for start in keys + values[:some]:
-        start()
-    copies.wait_whole(copies.keys, slot)
-    step.new.put(KEYS, items, copies.keys.buffers[slot])
-    pace = Paced(values[some:], len(step.plan.chunks), 0.25)
-    _score_and_weigh(step, items, pace)
-    copies.wait_whole(copies.values, slot)
-    step.new.put(VALUES, items, copies.values.buffers[slot])
-    _take(step, items)
-    step.new.wait(items, items)
+def mask_ends(step: Step, slot: int, items: list[Item]) -> None:
+    """Masks scores past a row's end that were made as if the tiles were full."""
+    if not step.masks_later:
+        return
+    plan = step.plan
+    scores, tokens = step.scores[slot], LANES // plan.num_kv_heads
 
+    def mask_end(u: Any, left: Any) -> None:
+        at = lambda i: pl.ds(pl.multiple_of(u * plan.tile_rows + i * LANES, LANES), LANES)
+        whole = lax.div(jnp.maximum(left, 0), tokens)
 
-def _once_cut(step: Step, items: list[Item]) -> None:
-    copies, slot = step.copies, 0
-    for stream in (copies.keys, copies.values):
-        copies.start(slot, stream, items, slot)
-    copies.wait(copies.keys, items, slot)
-    step.new.put(KEYS, items, copies.keys.buffers[slot])
-    _score_and_weigh(step, items, None)
-    copies.wait(copies.values, items, slot)
-    step.new.put(VALUES, items, copies.values.buffers[slot])
-    copies.clear(items, slot)
-    _take(step, items)
-    step.new.wait(items, items)
+        def see(i: Any, top: Any) -> Any:
+            return jnp.maximum(top, scores[:, at(i)])
 
+        def cut(i: Any, top: Any) -> Any:
+            keep = step.variant.keep(0, token, left - i * tokens)
+            kept = jnp.where(keep, scores[:, at(i)], softmax.MASK)
+            scores[:, at(i)] = kept
+            return jnp.maximum(top, kept)
 
-def _score_and_weigh(step: Step, items: list[Item], values: Paced | None) -> None:
-    filling = None if values is None else step.copies.values.buffers[0]
-    score = ScoreStage(step, 0, items, are_full=values is not None, filling=filling)
-    for i, chunk in enumerate(step.plan.chunks):
-        score.chunk(*chunk)
-        if values is not None:
-            values.after(i)
-    weigh = SoftmaxStage(step, 0, items)
-    for chunk in step.plan.chunks:
-        weigh.chunk(*chunk, None)
+        token = lane_tokens(plan, step.group, step.passed.loaded)
+        top = jnp.full(token.shape, softmax.MASK, jnp.float32)
+        top = lax.fori_loop(0, whole, see, top)
+        top = lax.fori_loop(whole, plan.tile_rows // LANES, cut, top)
+        step.stats[slot][u, LANE_TOP] = top
 
+    def each(u: Any, item: Item) -> None:
+        pl.when(item.left < plan.tile_tokens)(partial(mask_end, u, item.left))
 
-def _take(step: Step, items: list[Item]) -> None:
-    take = ValueStage(step, 0, items, None)
-    for chunk in step.plan.chunks:
-        take.chunk(*chunk)
+    step.copies.work.each(items, each)
