@@ -187,11 +187,14 @@ def _append(
         return new.reshape(-1, width) if plan.vector else jnp.pad(new, padding)
 
     pools = [jax.new_ref(pool.reshape(-1, *token)) for pool in (key_pool, value_pool)]
-    new = as_tokens(keys), as_tokens(values)
     # one token per sequence needs no starts, which XLA would have to make
     starts = query_start_loc if problem.is_packed else seq_lengths
-    where = block_table, seq_lengths, starts, layer.reshape(1)
-    _call(problem, plan, interpret)(*Inputs(*pools, *new, *where))
+    inputs = Inputs(
+        *(pools[0], pools[1]),
+        *(as_tokens(keys), as_tokens(values)),
+        *(block_table, seq_lengths, starts, layer.reshape(1)),
+    )
+    _call(problem, plan, interpret)(*inputs)
     written = [jax.freeze(pool).reshape(key_pool.shape) for pool in pools]
     return written[0], written[1]
 
