@@ -1,0 +1,139 @@
+"""How the GPU kernels take a case, on a Hopper that need not be here."""
+
+import numpy as np
+
+from benchmarks.workload import APPEND, FUSED, Case
+from paged_kv.kernels.core.problem import AppendProblem, Problem
+from paged_kv.kernels.core.schedule import tile_queries
+from paged_kv.kernels.gpu import append, decode_plan, plan, worklist
+
+from . import explained
+from .explained import Explained, Scratch, Unsupported, Visits, Worker
+
+
+def explain(case: Case) -> list[Explained]:
+    """The kernels that the case would run, in their order.
+
+    Raises:
+      Unsupported: there is none; says why.
+    """
+    kernels = []
+    if case.op in (APPEND, FUSED):
+        kernels.append(_append(case, explained.append_problem_of(case)))
+    if case.op == APPEND:
+        return kernels
+    problem = explained.problem_of(case)
+    if (reason := plan.unsupported(problem)) is not None:
+        raise Unsupported(reason)
+    cut = decode_plan.plan_of(problem)
+    return [*kernels, _ragged(case, problem) if cut is None else _decode(case, problem, cut)]
+
+
+def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explained:
+    work = worklist.make(cut.line, problem.variant, explained.schedule_of(case, problem))
+    stretches = [worklist.Stretch(*row) for row in np.asarray(work.stretches).tolist()]
+    begins = np.array([stretch.begin for stretch in stretches])
+    workers = []
+    for number, (start, stop) in enumerate(np.asarray(work.shares)[:, :2].tolist()):
+        groups = []
+        while start < stop:
+            # the last sequence that begins here or before; of empty ones none is the last
+            sequence = int(np.searchsorted(begins, start, side="right")) - 1
+            while stretches[sequence].end <= start:
+                sequence -= 1
+            stretch = stretches[sequence]
+            end, shift = min(stretch.end, stop), stretch.tile_start - stretch.begin
+            first, last = start + shift, end + shift
+            full_stop = stretch.full_stop if cut.has_maskless_loop else 0
+            groups.append(explained.tile_visits(sequence, first, last, 0, full_stop))
+            start = end
+        workers.append(Worker(f"CTA {number}", groups))
+    parts = decode_plan.scratch(problem, cut)
+    turns = ", its consumers in turn" if cut.turns > 1 else ""
+    return Explained(
+        kernel="decode",
+        problem=problem,
+        plan=cut,
+        scratch=_scratch(parts),
+        num_bytes=plan.smem_bytes(parts),
+        limit=plan.SMEM_BYTES,
+        workers=workers,
+        legend=f"a tile of {_tokens(cut.keys)}, all heads{turns}; the last comes first",
+    )
+
+
+def _ragged(case: Case, problem: Problem) -> Explained:
+    cut = plan.make_plan(problem)
+    tiles = tile_queries(
+        explained.schedule_of(case, problem),
+        problem.variant,
+        num_tokens=problem.num_tokens,
+        tile_tokens=cut.tile_tokens,
+    )
+    items = plan.work_list(tiles, problem.variant, cut.keys)
+    full_stop = items.full_stop if cut.has_maskless_loop else items.full_start
+    columns = (items.sequence, items.tile_start, items.tile_stop, items.full_start, full_stop)
+    visits = [explained.tile_visits(*row) for row in explained.rows(*columns)]
+    workers = [
+        Worker(
+            f"CTA {cta}",
+            [visits[i // cut.parts] for i in range(cta, cut.num_items, cut.num_ctas)],
+        )
+        for cta in range(cut.num_ctas)
+    ]
+    parts = plan.scratch(problem, cut)
+    split = f", 1 of {cut.parts} parts of their heads" if cut.parts > 1 else ""
+    return Explained(
+        kernel="attention over ragged tiles of queries",
+        problem=problem,
+        plan=cut,
+        scratch=_scratch(parts),
+        num_bytes=plan.smem_bytes(parts),
+        limit=plan.SMEM_BYTES,
+        workers=workers,
+        legend=f"a tile of {_tokens(cut.keys)} for {cut.tile_tokens} query tokens{split}",
+    )
+
+
+def _append(case: Case, problem: AppendProblem) -> Explained:
+    if (reason := append.unsupported(problem)) is not None:
+        raise Unsupported(reason)
+    cut = append.make_plan(problem)
+    owners = np.repeat(np.arange(case.batch), case.queries).tolist()
+    chunks = [owners[i : i + cut.chunk_tokens] for i in range(0, len(owners), cut.chunk_tokens)]
+    count = lambda chunk: [Visits(s, True, chunk.count(s)) for s in sorted(set(chunk))]
+    parts = append.scratch(problem, cut)
+    return Explained(
+        kernel="append",
+        problem=problem,
+        plan=cut,
+        scratch=_scratch(parts),
+        num_bytes=plan.smem_bytes(parts),
+        limit=plan.SMEM_BYTES,
+        workers=[Worker(f"CTA {cta}", [count(chunk)]) for cta, chunk in enumerate(chunks)],
+        legend="a new token, its keys and values, through shared memory to its slot",
+    )
+
+
+def _tokens(keys: plan.KeyTiles) -> str:
+    """What a tile of keys holds."""
+    if keys.tiles_per_block > 1:
+        return f"{keys.rows} (token, head) rows, {keys.tiles_per_block} to a block"
+    return f"{keys.blocks_per_tile * keys.block_size} tokens"
+
+
+def _scratch(parts: dict) -> list[Scratch]:
+    """Buffers by name; two in one place count once, barriers are few bytes."""
+    found = []
+    for name, part in parts.items():
+        if isinstance(part, plan.Union):
+            for which, buffer in zip(("", " or"), part, strict=True):
+                found.append(Scratch(name + which, buffer.shape, buffer.dtype, 0))
+            found[-2] = found[-2]._replace(num_bytes=plan.smem_bytes({name: part}))
+        elif isinstance(part, plan.Barriers):
+            size = plan.smem_bytes({name: part})
+            found.append(Scratch(name, (part.num_barriers,), "barrier", size))
+        else:
+            size = plan.smem_bytes({name: part})
+            found.append(Scratch(name, part.shape, part.dtype, size))
+    return found
