@@ -31,6 +31,16 @@ def _missing_compilers() -> list[str]:
     return [name for name in COMPILERS if importlib.util.find_spec(name) is None]
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """LLVM at its least: for modules of many programs, each run once or twice on little."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what no compiler or device here can run."""
     platform = jax.default_backend()

@@ -4,10 +4,13 @@ import importlib
 import sys
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 from errors_api import Row, cache, kv, stack
 from flax import nnx
 
+from paged_kv.integrations import equinox as paged_equinox
+from paged_kv.integrations import linen as paged_linen
 from paged_kv.integrations import nnx as paged_nnx
 
 
@@ -67,4 +70,61 @@ NNX = [
     Row("nnx layers", nnx_attach, "has 1 nnx.MultiHeadAttention, the cache num_layers=3"),
 ]
 
-ROWS = [*NNX]
+
+def linen_step(**variables):
+    return paged_linen.PagedCache(name="paged").apply(variables, 1, method="step")
+
+
+def linen_call(width, **options):
+    """A call of the hook in `init`, where there is no cache."""
+    attend = paged_linen.Step(None, 1, None).attention_fn()
+    return attend(kv(2, width, 4, 8), kv(2, width, 2, 8), kv(2, width, 2, 8), **options)
+
+
+LINEN = [
+    Row(
+        "linen missing",
+        lambda: without("flax", "linen"),
+        r"flax.linen cannot be imported .*; pip install 'paged_kv\[flax\]'",
+        ImportError,
+    ),
+    Row("linen without cache", linen_step, r"call model\.apply with .*'paged': \{'kv': cache\}"),
+    Row("linen mask", lambda: linen_call(1, mask=jnp.ones(1)), "a paged cache takes no mask"),
+    Row("linen width", lambda: linen_call(2), "must have the T of the step, 1"),
+]
+
+
+def equinox_call():
+    """`attend` over a batch as if it were one sequence."""
+    return paged_equinox.attend(kv(2, 4, 8), kv(2, 2, 8), kv(2, 2, 8), cache())
+
+
+def equinox_call_of_one(key_pool):
+    """`attend` over the first sequence of a cache with this pool."""
+    kv_cache = cache(
+        key_pool=key_pool, block_table=cache().block_table[0], seq_lengths=cache().seq_lengths[0]
+    )
+    return paged_equinox.attend(kv(1, 4, 8), kv(1, 2, 8), kv(1, 2, 8), kv_cache)[0]
+
+
+EQUINOX = [
+    Row(
+        "equinox missing",
+        lambda: without("equinox", "equinox"),
+        r"equinox cannot be imported .*; pip install 'paged_kv\[equinox\]'",
+        ImportError,
+    ),
+    Row(
+        "equinox batch",
+        equinox_call,
+        r"block_table \(2, 3\) and seq_lengths \(2,\) must be one sequence's",
+    ),
+    Row(
+        "equinox pools",
+        lambda: jax.vmap(equinox_call_of_one)(jnp.stack([cache().key_pool] * 2)),
+        "vmap maps the pools, which all sequences share: .* sequence_axes",
+    ),
+]
+
+
+ROWS = [*NNX, *LINEN, *EQUINOX]

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from bitwise import assert_same_bits
 from ragged import HEAD_DIM, HEADS, LENGTHS, cache_of, int32, normal, slots_of
 from tolerances import tolerance
 
 import paged_kv
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CLOSE = tolerance("reference float32")
 WIDTH = 5

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .. import rows, state
 from ..cache import PagedKVCache
-from . import missing
+from . import check_hook_call, missing, step_counts
 
 try:
     from flax import nnx
@@ -51,12 +50,9 @@ class PagedCache(nnx.Module):
         """
         if self.step_width is not None:
             raise ValueError("a step of this cache is under way; leave it before the next begins")
-        is_ragged = not isinstance(num_new_tokens, int)
-        if is_ragged and width is None:
-            raise ValueError("num_new_tokens is an array; say with width= how wide the rows are")
+        width, counts = step_counts(num_new_tokens, width)
         self.kv.set_value(state.advance(self.kv.get_value(), num_new_tokens))
-        self.step_width = width if is_ragged else num_new_tokens
-        self.step_counts = nnx.data(jnp.asarray(num_new_tokens) if is_ragged else None)
+        self.step_width, self.step_counts = width, nnx.data(counts)
         try:
             yield
         finally:
@@ -127,15 +123,7 @@ class PagedAttention(nnx.Module):
         """
         cache = self.cache
         width = cache._width()
-        if mask is not None:
-            raise ValueError(
-                "a paged cache takes no mask: what a query sees follows from positions, "
-                "local_window_size= and is_causal=, and padding from step(num_new_tokens)"
-            )
-        if dropout_rate and not deterministic:
-            raise NotImplementedError(f"{dropout_rate=}: paged attention has no dropout")
-        if query.shape[1] != width:
-            raise ValueError(f"query {query.shape} must have the T of the step, {width}")
+        check_hook_call(query, width, mask, dropout_rate, deterministic)
         out, kv = rows.append_and_attend_rows(
             query,
             key,
