@@ -1,6 +1,6 @@
-"""Caches from one form of storage to another; the values are the same, bit by bit."""
+"""Pools as rows of 128 values, and back: a reshape."""
 
-from .cache import PackedKVCache, PagedKVCache, packed_shape
+from ..cache import PackedKVCache, PagedKVCache, packed_shape
 
 
 def pack(cache: PagedKVCache) -> PackedKVCache:
