@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import stand_in_programs
+from tiny_gguf import write_tiny_gguf
 
 import paged_kv
+from tools import gguf_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLE, MODEL, MEMORY, SHARDING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MODEL, MEMORY, ENGINE, SHARDING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^python3 .*$", README, re.MULTILINE)
 
 
@@ -101,10 +104,26 @@ def test_the_memory_example_shares_a_prefix(example):
     assert allocator.match_prefix("dan", range(40), salt="tenant 2") == 0
 
 
+def test_the_engine_example_serves(monkeypatch, tmp_path):
+    stand_in_programs(monkeypatch)
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path)
+    monkeypatch.setattr(gguf_model, "default_model_path", lambda: path)
+    names = {}
+    exec(compile(ENGINE, "README.md, fourth example", "exec"), names)
+    for request, prompt, answer in zip(
+        names["requests"], names["prompts"], names["answers"], strict=True
+    ):
+        assert request.tokens[: len(prompt)] == prompt
+        assert request.generated == [10 + len(prompt) + i for i in range(8)]
+        assert answer == names["model"].text.decode(request.generated) and len(answer) > 0
+    assert names["engine"].record.total("generated") == 16
+
+
 def test_the_sharding_example_decodes_as_one_device(example):
     rows = np.arange(4)[:, None] % 2 * 8 + np.arange(8)
     names = {**example, "functools": functools, "table": jnp.asarray(rows, jnp.int32)}
-    exec(compile(SHARDING, "README.md, fourth example", "exec"), names)
+    exec(compile(SHARDING, "README.md, fifth example", "exec"), names)
     query, keys, values = (
         jax.random.normal(jax.random.key(h), (4, h, 64), jnp.bfloat16) for h in (8, 2, 2)
     )

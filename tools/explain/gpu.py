@@ -111,7 +111,7 @@ def _append(case: Case, problem: AppendProblem) -> Explained:
         num_bytes=plan.smem_bytes(parts),
         limit=plan.SMEM_BYTES,
         workers=[Worker(f"CTA {cta}", [count(chunk)]) for cta, chunk in enumerate(chunks)],
-        legend="a new token, its keys and values, through shared memory to its slot",
+        legend=f"a new token, through {'registers' if cut.vector else 'shared memory'} to its slot",
     )
 
 

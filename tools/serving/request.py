@@ -1,6 +1,7 @@
 """A request: what was asked, what was answered, and how much of it the cache holds."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import paged_kv
 
@@ -15,7 +16,7 @@ class Arrival:
 
     number: int
     time: float
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     max_tokens: int
 
 
