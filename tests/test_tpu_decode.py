@@ -87,6 +87,7 @@ CASES = {
         {"MAX_TILE_ROWS": 1024, "STEP_ROWS": 1024},
         {},
     ),
+    "many_kv_heads": ((17, 0, 40), (32, 32), {"MAX_TILE_ROWS": 512}, {}),
     "layers": ((70, 0, 33), (8, 4), {}, {"num_layers": 3}),
     "float32_query": ((70, 33), (8, 4), {}, {"options": {"query_dtype": "float32"}}),
     "window": (
@@ -191,7 +192,7 @@ def plan_of(vmem=128 << 20, heads=(32, 8), block_size=16, columns=512, **cache):
 
 
 @pytest.mark.parametrize("vmem", [16 << 20, 64 << 20, 128 << 20])
-@pytest.mark.parametrize("heads", [(32, 8), (8, 1), (64, 8), (16, 2), (8, 8), (28, 4)])
+@pytest.mark.parametrize("heads", [(32, 8), (8, 1), (64, 8), (16, 2), (28, 4), (32, 32)])
 @pytest.mark.parametrize("block_size", [16, 48, 64, 128])
 @pytest.mark.parametrize("columns", [1, 8, 512, 65536])
 def test_every_plan_fits(vmem, heads, block_size, columns):

@@ -59,6 +59,10 @@ CASES = {
     "one_full_step": Case((64, 64), limits=ONE_STEP, cache={"max_blocks_per_seq": 4}),
     "itself_alone": Case((33, 0, 1), options={"local_window_size": 0}),
     "eight_heads": Case((70, 16, 1), heads=(32, 8)),
+    # a token is two units; row 1 has a wild entry before its new token
+    "many_kv_heads": Case(
+        (17, 40, 1), heads=(32, 32), limits={"MAX_TILE_ROWS": 512}, wild=((1, 0),)
+    ),
     "blocks_of_128": Case((127, 129, 256), heads=(32, 8), cache={"block_size": 128}),
     "blocks_of_128_one_head": Case((127, 1, 128, 129), heads=(8, 1), cache={"block_size": 128}),
     "capped_with_slopes": Case(
@@ -133,7 +137,7 @@ def pools_after(step):
     return appended(cache, keys, values, None, None if layer is None else int(layer))
 
 
-QUICK = ("ragged", "one_step")
+QUICK = ("ragged", "one_step", "many_kv_heads")
 
 
 @pytest.mark.timeout(300)

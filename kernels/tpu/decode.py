@@ -136,7 +136,7 @@ def _make_call(
     shared = pl.BlockSpec((heads, LANES), lambda i, *_: (0, 0))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     slopes = [shared] if problem.variant.has_alibi else []
-    unit = (rows, 2, plans.UNIT_ROWS, plan.head_dim)
+    unit = (rows, 2, plan.token_units * plans.UNIT_ROWS, plan.head_dim)
     new = [pl.BlockSpec(unit, lambda i, *_: (i, 0, 0, 0))] if plan.appends else []
     written = [result(x.shape, x.dtype, query) for x in pools if plan.appends]
     num_scalars = len(DecodeRows._fields) + (len(Slots._fields) if plan.appends else 0)

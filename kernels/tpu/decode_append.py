@@ -2,7 +2,8 @@
 
 A row's new token is its last one.  Once the tile it belongs to has arrived, the token is blended
 into its unit, the aligned rows of one register, and the unit goes back to the pool from a buffer of
-its own, while the tile is multiplied.  No other row reads the block that a row appends to.
+its own, while the tile is multiplied.  A token of many heads is whole units.  No other row reads
+the block that a row appends to.
 """
 
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ def apart(slot: Any) -> Any:
 
 
 def in_units(plan: DecodePlan, keys: Array, values: Array) -> Array:
-    """New tokens at every place of a unit, (rows, 2, UNIT_ROWS, head_dim)."""
+    """New tokens at every place of a unit, (rows, 2, rows of `token_units`, head_dim)."""
     both = jnp.stack([keys, values], axis=1)
-    return jnp.tile(both, (1, 1, UNIT_ROWS // plan.num_kv_heads, 1))
+    return jnp.tile(both, (1, 1, plan.token_units * UNIT_ROWS // plan.num_kv_heads, 1))
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class NewTokens:
     plan: DecodePlan
     work: Work
     slots: Any  # `Slots` in SMEM
-    tokens: Any  # (rows_per_program, 2, UNIT_ROWS, head_dim)
+    tokens: Any  # (rows_per_program, 2, rows of `token_units`, head_dim)
     pools: Any  # keys and values in HBM, as units
-    units: Any  # VMEM, (2 * items_per_step, UNIT_ROWS, head_dim): on their way back
+    units: Any  # VMEM, `token_units` for each of 2 * items_per_step: on their way back
     semaphore: Any
 
     def put(self, which: int, items: list[Item], buffer: Any) -> None:
@@ -98,7 +99,7 @@ class NewTokens:
 
         @pl.when(count > 0)
         def _() -> None:
-            part = self.units.at[pl.ds(0, count)]
+            part = self.units.at[pl.ds(0, count * self.plan.token_units)]
             pltpu.make_async_copy(part, part, self.semaphore.at[0]).wait()
 
     def write_apart(self) -> None:
@@ -123,16 +124,16 @@ class NewTokens:
 
     def _put(self, which: int, u: int, item: Item, buffer: Any) -> None:
         row = u * self.plan.tile_rows + (item.left - 1) * self.plan.num_kv_heads
-        at = _unit(row)
-        unit = self._blend(which, self.work.query(item), row, buffer[at])
-        buffer[at] = unit
-        mine = which * self.plan.items_per_step + u
-        self.units[mine] = unit
+        at = pl.ds(_unit(row), self.plan.token_units)
+        units = self._blend(which, self.work.query(item), row, buffer[at])
+        buffer[at] = units
+        mine = self._mine(which * self.plan.items_per_step + u)
+        mine[...] = units
         target = self._in_pool(which, self._slot(item))
-        pltpu.make_async_copy(self.units.at[mine], target, self.semaphore.at[0]).start()
+        pltpu.make_async_copy(mine, target, self.semaphore.at[0]).start()
 
     def _write(self, row: Any, slot: Any) -> None:
-        mine = self.units.at[0]
+        mine = self._mine(0)
         for which in (KEYS, VALUES):
             pool = self._in_pool(which, slot)
             for source, target in ((pool, mine), (mine, pool)):
@@ -143,16 +144,23 @@ class NewTokens:
                     first = slot * self.plan.num_kv_heads
                     mine[...] = self._blend(which, row, first, mine[...])
 
-    def _in_pool(self, which: int, slot: Any) -> Any:
-        return self.pools[which].at[_unit(slot * self.plan.num_kv_heads)]
+    def _mine(self, at: int) -> Any:
+        return self.units.at[pl.ds(at * self.plan.token_units, self.plan.token_units)]
 
-    def _blend(self, which: int, row: Any, first: Any, unit: Any) -> Any:
-        """A unit with a row's new token in it, from the `first` row on, whatever that is within."""
-        first = first & (UNIT_ROWS - 1)
-        is_new = lambda at: (at >= first) & (at < first + self.plan.num_kv_heads)
-        bits = row_bits(unit.shape, 2, is_new)
-        new = words(self.tokens[row, which])
-        return pltpu.bitcast((words(unit) & ~bits) | (new & bits), unit.dtype)
+    def _in_pool(self, which: int, slot: Any) -> Any:
+        first = _unit(slot * self.plan.num_kv_heads)
+        return self.pools[which].at[pl.ds(first, self.plan.token_units)]
+
+    def _blend(self, which: int, row: Any, first: Any, units: Any) -> Any:
+        """Units with a row's new token in them, from the `first` row of the first one on."""
+        new = self.tokens[row, which]
+        if self.plan.num_kv_heads < UNIT_ROWS:
+            first = first & (UNIT_ROWS - 1)
+            is_new = lambda at: (at >= first) & (at < first + self.plan.num_kv_heads)
+            bits = row_bits(new.shape, 2, is_new)
+            old = words(units.reshape(new.shape))
+            new = pltpu.bitcast((old & ~bits) | (words(new) & bits), new.dtype)
+        return new.reshape(units.shape)
 
 
 def _unit(row: Any) -> Any:

@@ -13,7 +13,6 @@ from ..core.problem import Problem
 from .plan import LANES, TABLE_WINDOW, Buffer, round_up, vmem_bytes
 
 SETS = 3  # of every buffer: one in use, one on its way, one being filled
-KV_HEADS = (1, 2, 4, 8)
 UNIT_ROWS = 16  # (token, kv head) rows of a unit, one register: pools and tiles are seen as units
 STATS = 5  # of an item: decay, maximum, sum, maximum of each lane, output
 RUN = 4  # blocks of a merged copy
@@ -55,6 +54,11 @@ class DecodePlan:
     @property
     def block_units(self) -> int:
         return self.block_rows // UNIT_ROWS
+
+    @property
+    def token_units(self) -> int:
+        """Units that a token is part of."""
+        return max(1, self.num_kv_heads // UNIT_ROWS)
 
     @property
     def tile_tokens(self) -> int:
@@ -132,7 +136,7 @@ def plan_decode(problem: Problem, vmem: int, *, appends: bool = False) -> Decode
     cache = problem.cache
     if problem.is_packed or cache.dtype != "bfloat16" or cache.head_dim != LANES:
         return None
-    if cache.num_kv_heads not in KV_HEADS or problem.num_query_heads > LANES:
+    if LANES % cache.num_kv_heads or problem.num_query_heads > LANES:
         return None
     if cache.rows_per_block % UNIT_ROWS:
         return None
@@ -146,7 +150,8 @@ def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
     """Plans from the largest tile that is not mostly empty, best first."""
     cache, columns = problem.cache, table_columns(problem)
     heads = round_up(problem.num_query_heads, 8)
-    row_bytes = (heads + 2 * UNIT_ROWS * appends) * cache.head_dim * 2
+    token_rows = max(UNIT_ROWS, cache.num_kv_heads)
+    row_bytes = (heads + 2 * token_rows * appends) * cache.head_dim * 2
     rows, programs = _rows_per_program(cache.batch, row_bytes)
     is_small = cache.rows_per_block * cache.head_dim * 2 <= SMALL_BLOCK
     step_rows = SMALL_STEP_ROWS if is_small else STEP_ROWS
@@ -211,7 +216,8 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
         Buffer("smem", (plan.slices,), "int32"),
     ]
     semaphores = [Buffer("semaphore", (SETS,))] * 3
-    units = Buffer("vmem", (2 * plan.items_per_step, UNIT_ROWS, plan.head_dim), "bfloat16")
+    num_units = 2 * plan.items_per_step * plan.token_units
+    units = Buffer("vmem", (num_units, UNIT_ROWS, plan.head_dim), "bfloat16")
     new = [units, Buffer("semaphore", (1,))] if plan.appends else []
     passed = [Buffer("vmem", (2, heads, LANES), "float32")] * plan.num_passed
     return [*(buffer for buffer in each for _ in range(SETS)), *passed, *semaphores, *new]
@@ -220,7 +226,7 @@ def decode_scratch(plan: DecodePlan) -> list[Buffer]:
 def decode_buffers(problem: Problem, plan: DecodePlan) -> list[Buffer]:
     """All that the kernel holds: scratch, and two each of the operands of a program."""
     rows, heads = plan.rows_per_program, plan.num_heads
-    new = Buffer("vmem", (2, rows, 2, UNIT_ROWS, plan.head_dim), "bfloat16")
+    new = Buffer("vmem", (2, rows, 2, plan.token_units * UNIT_ROWS, plan.head_dim), "bfloat16")
     return [
         *decode_scratch(plan),
         Buffer("vmem", (2, rows, heads, plan.head_dim), "bfloat16"),
