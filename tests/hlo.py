@@ -151,3 +151,18 @@ def launches(compiled):
     program = parse(compiled)
     entry = program.computations[program.entry].values()
     return [i.name for i in entry if i.opcode not in NO_LAUNCH]
+
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
+    "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+
+
+def collectives(compiled):
+    """(name, elements of its results on one device) of each place where devices meet, sorted."""
+    bodies = parse(compiled).computations.values()
+    found = [
+        (i.opcode.removesuffix("-start"), sum(i.sizes)) for body in bodies for i in body.values()
+    ]
+    return sorted(pair for pair in found if pair[0] in COLLECTIVES)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import assert_updated_in_place, large_copies, large_parameters
+from hlo import assert_updated_in_place, collectives, large_copies, large_parameters
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 LAYERS, BLOCKS = 3, 512
 LAYER_ELEMENTS = BLOCKS * 4 * 8
@@ -53,3 +55,22 @@ def test_copy_of_a_pool_or_of_a_layer_is_reported(wasteful):
     compiled = compile_step(wasteful, donate_argnums=0)
     with pytest.raises(AssertionError, match="copies of a pool"):
         assert_updated_in_place(compiled, LAYER_ELEMENTS, num_pools=1)
+
+
+def compile_on_a_mesh(function, spec):
+    """Of an array of 8 rows, shared out by four devices."""
+    mesh = jax.make_mesh((4,), ("x",))
+    rows = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    return jax.jit(function, out_shardings=NamedSharding(mesh, spec)).lower(rows).compile()
+
+
+@pytest.mark.parametrize(
+    ("function", "spec", "found"),
+    [
+        (lambda rows: rows * 2, P("x"), []),
+        (lambda rows: rows * 2, P(), [("all-gather", 24)]),
+        (lambda rows: rows.sum(0), P(), [("all-reduce", 3)]),
+    ],
+)
+def test_where_devices_meet_is_reported(function, spec, found):
+    assert collectives(compile_on_a_mesh(function, spec)) == found

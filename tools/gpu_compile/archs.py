@@ -37,9 +37,14 @@ ARCHS = {
 }  # fmt: skip
 
 
-@functools.cache
 def device(arch: str) -> Any:
     """A device to compile for; nothing can run on it."""
+    return devices(arch, 1)[0]
+
+
+@functools.cache
+def devices(arch: str, count: int) -> Any:
+    """The devices of one host, to compile for."""
     a = ARCHS[arch]
     major, minor = a.capability
     config = f"""
@@ -59,8 +64,8 @@ def device(arch: str) -> Any:
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
       device_description_str: "{a.name}" """
     return topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=config
-    ).devices[0]
+        platform="cuda", topology=f"1x1x{count}", target_config=config
+    ).devices
 
 
 def blocks_per_sm(arch: str, *, registers: int, threads: int, smem_bytes: int) -> int:

@@ -77,11 +77,12 @@ def _find_tool(name: str) -> str | None:
 def compile_for(arch: str, function: Any, *avals: Any, is_detailed: bool = False) -> Report:
     """Compiles a jitted function of `jax.ShapeDtypeStruct`s; a detailed report takes twice as long.
 
+    Shapes without a sharding are placed on one device, those with one on the `devices` it names.
     What is dumped is chosen by environment variables that Mosaic reads at each compile.
     """
     target = device(arch)
     sharding = jax.sharding.SingleDeviceSharding(target)
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    place = lambda x: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     args = jax.tree.map(place, avals)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
