@@ -23,9 +23,14 @@ from .sequences import Sequence, Sequences
 
 
 class PendingBlocks(NamedTuple):
-    """What `apply_pending` does to blocks before the next tokens are written: int32 arrays of ids.
+    """What `apply_pending` does to blocks before the next tokens are written.
 
-    Their lengths are powers of two, or 0, filled up with -1: few shapes, few programs.
+    Lengths n and m are powers of two, or 0, filled up with -1: few shapes, few programs.
+
+    Attributes:
+      copy_sources: int32 (n,), ids of the blocks to copy.
+      copy_targets: int32 (n,), where each is copied to.
+      scrub_ids: int32 (m,), ids of the blocks to zero.
     """
 
     copy_sources: np.ndarray
@@ -34,17 +39,31 @@ class PendingBlocks(NamedTuple):
 
 
 class AllocatorStats(NamedTuple):
-    """Blocks in each state now, and counts since the allocator was made."""
+    """Blocks in each state now, and counts since the allocator was made.
+
+    Attributes:
+      num_blocks: blocks of the pool: `free + used + cached`.
+      free: blocks that nobody needs.
+      used: blocks held by sequences; a shared block counts once.
+      cached: blocks held by no sequence, findable by their tokens until someone needs them.
+      sequences: sequences allocated.
+      peak_used: the most blocks that were used at once.
+      prefix_queries: tokens asked of `match_prefix`.
+      prefix_hits: tokens that it found.
+      evictions: cached blocks given away.
+
+    Source: the prefix cache statistics of vLLM.
+    """
 
     num_blocks: int
     free: int
-    used: int  # held by sequences; a shared block counts once
-    cached: int  # held by no sequence, findable by its tokens until someone needs the block
+    used: int
+    cached: int
     sequences: int
     peak_used: int
-    prefix_queries: int  # tokens asked of match_prefix
-    prefix_hits: int  # tokens it found
-    evictions: int  # cached blocks given away
+    prefix_queries: int
+    prefix_hits: int
+    evictions: int
 
     @property
     def usage(self) -> float:
@@ -82,7 +101,7 @@ class BlockAllocator(Sequences):
       enable_prefix_caching: keep committed blocks findable; without, `match_prefix` finds nothing.
       scrub_on_reuse: every block handed out is to be scrubbed, so that nobody gets a block with
         another's keys and values in it.
-      record_events: keep events for `take_events`.
+      record_events: keep events until `take_events` takes them.
 
     Raises:
       ValueError: a size is not a positive int.
@@ -111,15 +130,16 @@ class BlockAllocator(Sequences):
 
         Args:
           seq_id: its name from now on.
-          tokens: ints, or an int array (num_tokens,): all that it starts with.
-          salt: its tenant; only what the same tenant committed is found.
+          tokens: ids of all tokens that it starts with: ints, or an int array (num_tokens,).
+          salt: its tenant, a str or bytes; only what the same tenant committed is found.
 
         Returns:
           Tokens found: whole blocks, and never all of `tokens`, for the last one must be computed
           to go on from.
 
         Raises:
-          ValueError: the id is taken, or `tokens` are not ints within int32.
+          ValueError: the id is taken, `tokens` are not ints within int32, or `salt` is of another
+            type.
         """
         with self._lock:
             self._check_new(seq_id)
@@ -139,8 +159,11 @@ class BlockAllocator(Sequences):
     def find_prefix(self, tokens: Tokens, *, salt: Salt = None) -> int:
         """How many tokens `match_prefix` would find; changes nothing.
 
+        Args:
+          tokens, salt: as in `match_prefix`.
+
         Raises:
-          ValueError: `tokens` are not ints within int32.
+          ValueError: `tokens` are not ints within int32, or `salt` is of another type.
         """
         with self._lock:
             data = self._searchable(tokens)
@@ -153,14 +176,15 @@ class BlockAllocator(Sequences):
 
         Args:
           seq_id: the sequence.
-          tokens: its tokens from the first on, those that the cache holds by now.  What was
-            committed before is not looked at again, but for its last block.
+          tokens: ids of its tokens from the first on, ints or (num_tokens,), those that the cache
+            holds by now.  What was committed before is not looked at again, but for its last block.
 
         Returns:
-          Tokens committed by now; 0 without prefix caching.
+          Tokens committed by now: those of full blocks; 0 without prefix caching.
 
         Raises:
-          ValueError: no such sequence, more tokens than it has, or not those committed before.
+          ValueError: no such sequence, more tokens than it has, not those committed before, or not
+            ints within int32.
         """
         with self._lock:
             sequence = self._get(seq_id)
@@ -191,7 +215,7 @@ class BlockAllocator(Sequences):
             self._ledger.forget_cached()
 
     def take_pending(self) -> PendingBlocks:
-        """Copies and scrubs due since the last call, for `apply_pending`."""
+        """Copies and scrubs of blocks due since the last call, for `apply_pending`."""
         with self._lock:
             ledger = self._ledger
             copies, scrubs = ledger.copies, ledger.scrubs
@@ -201,7 +225,10 @@ class BlockAllocator(Sequences):
             )
 
     def take_events(self) -> list[BlockStored | BlockRemoved]:
-        """What became findable and what no longer is since the last call, in order."""
+        """What became findable and what no longer is since the last call, in order.
+
+        None without `record_events`.
+        """
         with self._lock:
             events = self._events[:]
             self._events.clear()
@@ -233,7 +260,7 @@ class BlockAllocator(Sequences):
             sequences first; call again for the next.
 
         Returns:
-          (source_ids, target_ids) of all moves at once, int32, padded as in `PendingBlocks`.
+          (source_ids, target_ids) of all moves at once, int32 (n,), filled up as `PendingBlocks`.
 
         Raises:
           ValueError: copies or scrubs are pending, under the old ids.

@@ -29,14 +29,14 @@ class PagedKVCache:
     table.  A pytree: it goes through `jit` (donate it), `scan`, `vmap`, `shard_map` and
     `jax.export`.
 
-    Source: vLLM's PagedAttention (Kwon et al., 2023); the layout is FlashInfer's NHD.
-
     Attributes:
       key_pool, value_pool: (num_blocks, block_size, num_kv_heads, head_dim), or with num_layers in
         front.
       block_table: int32 (batch, max_blocks_per_seq), physical block of each logical one, unused
         entries -1.
       seq_lengths: int32 (batch,), valid tokens per sequence.
+
+    Source: PagedAttention of vLLM (Kwon et al., 2023); the layout is FlashInfer's NHD.
     """
 
     POOL_AXES: ClassVar = ("num_blocks", "block_size", "num_kv_heads", "head_dim")
@@ -64,7 +64,7 @@ class PagedKVCache:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
+        """Values of a head: the width of its keys and values."""
         return self.key_pool.shape[-1]
 
     @property
@@ -74,7 +74,7 @@ class PagedKVCache:
 
     @property
     def batch_size(self) -> int:
-        """Rows of the table."""
+        """Rows of the table: sequences."""
         return self.block_table.shape[-2]
 
     @property
@@ -97,7 +97,7 @@ class PackedKVCache(PagedKVCache):
       key_pool, value_pool: (num_blocks, block_size * num_kv_heads * head_dim / 128, 128), or with
         num_layers in front.
       block_table, seq_lengths: as in `PagedKVCache`.
-      token_shape: (num_kv_heads, head_dim), static.
+      token_shape: (num_kv_heads, head_dim), heads of a token and values of a head; static.
     """
 
     POOL_AXES: ClassVar = ("num_blocks", "block_size * num_kv_heads * head_dim / 128", "128")
@@ -142,11 +142,12 @@ def init_paged_kv_cache(
     Args:
       num_blocks: blocks in the pool of each layer; `num_blocks_for` computes it from bytes.
       block_size: token slots of a block.
-      num_kv_heads, head_dim: heads of keys and values, and their width.
+      num_kv_heads: heads of keys and of values.
+      head_dim: values of a head.
       batch_size: sequences the table has rows for.
       max_blocks_per_seq: blocks a row can name; times block_size, the longest sequence.
       dtype: of the pools, floating point.
-      num_layers: None for one layer; L for a stack that serves a whole model.
+      num_layers: layers of a stack that serves a whole model; None for one layer's cache.
       packed: make it a `PackedKVCache`, for TPUs and head_dim below 128.
 
     Raises:
@@ -199,6 +200,14 @@ def num_blocks_for(
 ) -> int:
     """Blocks whose keys and values, over all layers, fit `memory_bytes`.
 
+    Args:
+      memory_bytes: bytes to spend on both pools; the table and lengths are not counted.
+      block_size: token slots of a block.
+      num_kv_heads: heads of keys and of values, on one device where heads are sharded.
+      head_dim: values of a head.
+      dtype: of the pools.
+      num_layers: layers that share the memory.
+
     Raises:
       ValueError: a size is not a positive int, or not even one block fits.
     """
@@ -229,7 +238,7 @@ def allocate_blocks(
       cache: a single layer's cache.
       sequence_idx: row of the table.
       num_new_tokens: tokens to make room for, past the sequence's length.
-      free_block_ids: ids to take from, in order, as many as needed.
+      free_block_ids: ids to take from, ints or (n,), in order, as many as needed.
 
     Returns:
       The cache with the new row, and how many ids of `free_block_ids` were consumed.
@@ -261,7 +270,10 @@ def append_kv(
 ) -> PagedKVCache:
     """Appends tokens to one sequence and advances its length.
 
-    Keys and values are cast to the pools' dtype.
+    Args:
+      cache: a single layer's cache.
+      sequence_idx: row of the table.
+      keys_new, values_new: (num_new_tokens, num_kv_heads, head_dim), cast to the pools' dtype.
 
     Raises:
       ValueError: shapes disagree with each other or with the pools, a needed block is unallocated,
@@ -296,6 +308,14 @@ def gather_kv(
     int,
 ]:
     """A sequence's keys and values as dense arrays, and its length.
+
+    Args:
+      cache: a single layer's cache.
+      sequence_idx: row of the table.
+
+    Returns:
+      Keys and values, (seq_len, num_kv_heads, head_dim) each in the pools' dtype, and seq_len,
+      tokens as an int.
 
     Raises:
       ValueError: a block within the length is unallocated, `sequence_idx` is out of range, or the

@@ -16,7 +16,12 @@ from .cache import PagedKVCache
 class DeviceAllocator:
     """A stack of free blocks, to carry through a loop beside the cache.
 
-    The first `num_free` of `free_ids` are free, the last of them next; the rest has no meaning.
+    Attributes:
+      free_ids: int32 (num_blocks,), of which the first `num_free` are free, the last of them next;
+        the rest has no meaning.
+      num_free: int32 (), blocks left.
+
+    Source: the device-side page tables of Levanter and jax-llm-examples.
     """
 
     free_ids: Int32[Array, "num_blocks"]
@@ -30,6 +35,10 @@ def init_device_allocator(
 
     They are handed out in the order given.  Host and device may work on one pool in turns: give
     the device what a `BlockAllocator` sequence holds, and free that when the loop has ended.
+
+    Args:
+      num_blocks: blocks of the pool.
+      free_ids: ids of the free blocks, ints or int (n,); None: 0 to num_blocks - 1.
 
     Raises:
       ValueError: `num_blocks` is not a positive int, an id is outside the pool or named twice.
@@ -63,10 +72,10 @@ def device_allocate(
       that has none (too few blocks, a count below 0 or past the row's end) got nothing: its entries
       are still -1, what is appended there is dropped; do not advance it.
 
-    Source: the device-side page tables of Levanter and jax-llm-examples.
-
     Raises:
-      ValueError: `num_new_tokens` has a wrong shape or dtype.
+      ValueError: `num_new_tokens` is not an int or int32 (batch,).
+
+    Source: the device-side page tables of Levanter and jax-llm-examples.
     """
     counts = validate.token_counts("num_new_tokens", num_new_tokens, cache)
     lengths, size = cache.seq_lengths, cache.block_size
@@ -100,6 +109,14 @@ def device_free(
 
     A block that several rows name comes back once, with the last of them.  Every entry of a freed
     row counts, also past its length; those outside the pool are not blocks.
+
+    Args:
+      cache: of one layer or a stack.
+      allocator: the free blocks.
+      mask: bool (batch,), the rows to empty.
+
+    Returns:
+      The cache with those rows at -1 and their lengths at 0, and the allocator.
 
     Raises:
       ValueError: `mask` is not bool (batch,).

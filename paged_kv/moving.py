@@ -25,7 +25,10 @@ class HostBlocks:
     """Blocks in host memory, pinned where the platform has such: what `swap_out` returns.
 
     Attributes:
-      keys, values: the pools' shape with n blocks in place of num_blocks.
+      keys, values: (n, block_size, num_kv_heads, head_dim), or with num_layers in front: the pools'
+        shape, packed or not, with n blocks in place of num_blocks.
+
+    Source: the preemption by swapping of vLLM (Kwon et al., 2023); JAX's memory kinds.
     """
 
     keys: Float[Array, "..."]
@@ -33,7 +36,7 @@ class HostBlocks:
 
     @property
     def nbytes(self) -> int:
-        """Host memory that they take."""
+        """Bytes of host memory that they take."""
         return self.keys.nbytes + self.values.nbytes
 
 
@@ -42,8 +45,14 @@ def apply_pending(cache: PagedKVCache, pending: PendingBlocks) -> PagedKVCache:
 
     Do it before the next tokens are written.
 
+    Args:
+      cache: of one layer or a stack, whose blocks the allocator hands out.
+      pending: from `take_pending`; pass it through `jit` as it is.
+
     Raises:
       ValueError: an id is past the pool (concrete values only; under jit it is skipped).
+
+    Source: the copy-on-write of vLLM (Kwon et al., 2023).
     """
     source, target, scrubbed = map(jnp.asarray, pending)
     cache = copy_blocks(cache, source, target) if source.size else cache
@@ -62,10 +71,10 @@ def swap_out(
       block_ids: as from `BlockAllocator.blocks`, filled up here to a power of two so that few
         programs are compiled; or int32 (n,) of jax, taken as they are.  Ids below 0 are skipped.
 
-    Source: the preemption by swapping of vLLM (Kwon et al., 2023); JAX's memory kinds.
-
     Raises:
       ValueError: the ids are not int32 (n,), or one is past the pool (concrete values only).
+
+    Source: the preemption by swapping of vLLM (Kwon et al., 2023); JAX's memory kinds.
     """
     ids = _as_ids(block_ids)
     validate_values.block_ids("block_ids", ids, cache.num_blocks)
@@ -89,12 +98,15 @@ def swap_in(
     Args:
       cache: of one layer or a stack, as the one they are from.
       host_blocks: what `swap_out` returned.
-      block_ids: where to, in the same order.  Ids below 0 are skipped.
+      block_ids: ids to put them under, in the same order, as in `swap_out`.  Ids below 0 are
+        skipped.
 
     Raises:
       ValueError: the blocks are not the cache's in shape or dtype, the ids are more or fewer than
         they, or one is past the pool or named twice (concrete values only; under jit it is
         skipped).
+
+    Source: the preemption by swapping of vLLM (Kwon et al., 2023); JAX's memory kinds.
     """
     ids = _as_ids(block_ids)
     axis = _block_axis(cache)
@@ -128,6 +140,10 @@ def move_blocks(
     """Moves blocks, contents and table entries, as `BlockAllocator.defragment` lists them.
 
     All sources are read before any target is written: needs memory for the blocks moved.
+
+    Args:
+      cache: of one layer or a stack.
+      source_ids, target_ids: int32 (n,), ids before and after.  A pair with one below 0 is skipped.
 
     Raises:
       ValueError: as `copy_blocks`.

@@ -38,7 +38,8 @@ def append_tokens(
 
     Args:
       cache: of one layer, or a stack with `layer`.
-      keys, values: packed new tokens, cast to the pools' dtype.
+      keys, values: (num_tokens, num_kv_heads, head_dim), packed new tokens, which are cast to the
+        pools' dtype.
       query_start_loc: int32 (batch + 1,), prefix sums of new tokens per sequence; None means one
         token per sequence.
       layer: which layer of a stacked cache, an int or a traced int32.
@@ -46,14 +47,14 @@ def append_tokens(
         platform the program is lowered for.
       interpret: True, or the backend's interpreter parameters, to run a named kernel on CPU.
 
-    Differentiable (reverse mode) in keys, values and pools.
-
     Raises:
       ValueError: shapes, dtypes, `layer` or `query_start_loc` do not fit the cache; for concrete
         arrays also when a new token has no allocated slot.
       NotImplementedError: the named implementation cannot run this call; it says the way out.
 
-    Source: vLLM's reshape_and_cache (Kwon et al., 2023).
+    Differentiable (reverse mode) in keys, values and pools.
+
+    Source: the reshape_and_cache of vLLM (Kwon et al., 2023).
     """
     same = (query_start_loc, layer, implementation, interpret)
     with jax.named_scope("paged_kv.append"):
@@ -87,7 +88,8 @@ def paged_attention(
     query that sees no key gives 0 and lse -inf, and so do padding tokens.
 
     Args:
-      query: packed query tokens; `num_query_heads` is a multiple of the cache's kv heads.
+      query: (num_tokens, num_query_heads, head_dim), packed query tokens; `num_query_heads` is a
+        multiple of the cache's kv heads.
       cache: of one layer, or a stack with `layer`; the queries' own keys are appended already.
       query_start_loc: int32 (batch + 1,), prefix sums of query tokens per sequence; None means one
         token per sequence (decode), where a row of length 0 is inactive.
@@ -96,9 +98,10 @@ def paged_attention(
       is_causal: a query sees no key after itself.
       local_window_size: keys a query sees on its (left, right) besides itself; an int is both.
         Hugging Face's `sliding_window=W` is `(W - 1, 0)`.
-      logits_soft_cap: c in `c * tanh(scores / c)`, before bias and mask.
-      sinks: one extra logit per query head in the softmax's denominator, as in gpt-oss.
-      alibi_slopes: per query head, subtracts `slope * |query position - key position|`.
+      logits_soft_cap: c in `c * tanh(scores / c)`, in units of the scaled scores (a factor of both
+        sides), before bias and mask.
+      sinks: (num_query_heads,), one extra logit per query head in the softmax's denominator.
+      alibi_slopes: (num_query_heads,), subtracts `slope * |query position - key position|`.
       schedule: from `make_schedule` for this step; saves making it in every layer.
       return_residual: also return lse, without sinks.
       implementation: "mosaic_tpu", "mosaic_gpu" or "xla", strictly; None picks the best for the
@@ -117,9 +120,10 @@ def paged_attention(
 
     Differentiable (reverse mode) in query, pools, sinks and slopes.
 
-    Source: PagedAttention (Kwon et al., 2023) over the online softmax of FlashAttention (Dao et
-    al., 2022); ALiBi (Press et al., 2022); soft cap as in Gemma 2; argument names of
-    `jax.nn.dot_product_attention` and tokamax.
+    Source: PagedAttention of vLLM (Kwon et al., 2023) over the online softmax of FlashAttention
+    (Dao et al., 2022); ALiBi (Press et al., 2022); soft cap as in Gemma 2; sinks as in gpt-oss,
+    after StreamingLLM (Xiao et al., 2024); argument names of `jax.nn.dot_product_attention` and
+    tokamax.
     """
     options = _Options(
         scale,
@@ -156,16 +160,22 @@ def append_and_attend(
     the same to the bit.
 
     Args:
-      query, keys, values: packed tokens of this step, one of each per token.
+      query: (num_tokens, num_query_heads, head_dim), packed tokens of this step.
+      keys, values: (num_tokens, num_kv_heads, head_dim), of the same tokens.
       cache: advanced already; donate it.
-      query_start_loc, layer, implementation, interpret: as in both ops.
+      query_start_loc, layer, implementation, interpret: as in `paged_attention`.
       **attention: every other keyword of `paged_attention`.
 
     Returns:
       What `paged_attention` returns, and the cache with the new tokens.
 
     Raises:
-      ValueError, NotImplementedError: as both ops, and when query and keys differ in tokens.
+      ValueError: as both ops, and when query and keys differ in tokens.
+      NotImplementedError: as both ops.
+
+    Differentiable (reverse mode) in query, keys, values, pools, sinks and slopes.
+
+    Source: the fused cache update of ragged paged attention (RPA v3) in tpu-inference.
     """
     validate.same_tokens(query, keys)
     options = _Options(**attention)
@@ -198,12 +208,15 @@ def make_schedule(
 
     Args:
       cache: advanced already.
-      num_query_heads, query_start_loc, local_window_size, is_causal: as in the attention calls.
+      num_query_heads: heads of the queries.
+      query_start_loc, local_window_size, is_causal: as in `paged_attention`.
       implementation: the only one to prepare for, where one is named; others then do without what
         they would have shared.
 
     Raises:
       ValueError: an argument does not fit the cache.
+
+    Source: the plan of FlashInfer (Ye et al., 2025), made once per step and shared by all layers.
     """
     validate.implementation_name(implementation)
     shape = validate.cache_shape(cache)
@@ -226,7 +239,14 @@ def merge_attention_states(
 
     Both outputs must be without sinks: apply those once, last.  A side that saw no key (lse -inf)
     counts for nothing; when neither saw one, the result is 0 and -inf.  The order of merges does
-    not matter.  Computed in float32; `out` takes the dtype of `out_a`.
+    not matter.  Computed in float32.
+
+    Args:
+      out_a, out_b: (*rows, head_dim), an attention's output over each set.
+      lse_a, lse_b: (*rows,), float32, the natural log of the sum of exponentials over each.
+
+    Returns:
+      out (*rows, head_dim) in the dtype of `out_a`, and lse (*rows,), float32.
 
     Raises:
       ValueError: the outputs differ in shape, or an lse is not the rows of its output.
@@ -246,11 +266,21 @@ def apply_sinks(
     """Adds one term per query head to the denominator: `out * sigmoid(lse - sink)`.
 
     `sinks` are learned logits in natural units, as gpt-oss has them.  `lse` stays without them, so
-    that partial results can be merged first; apply sinks once, last.  Computed in float32; the
-    result takes the dtype of `out`.
+    that partial results can be merged first; apply sinks once, last.  Computed in float32.
+
+    Args:
+      out: (num_tokens, num_query_heads, head_dim), an attention's output without sinks.
+      lse: (num_tokens, num_query_heads), its natural log of the sum of exponentials.
+      sinks: (num_query_heads,), one logit per query head.
+
+    Returns:
+      (num_tokens, num_query_heads, head_dim) in the dtype of `out`.
 
     Raises:
       ValueError: `lse` is not the rows of `out`, or `sinks` is not (num_query_heads,).
+
+    Source: sinks as in gpt-oss, after StreamingLLM (Xiao et al., 2024) and the softmax with one
+    more term in its denominator (Miller, 2023).
     """
     validate.rows_of("lse", lse, out)
     validate.per_head("sinks", sinks, out.shape[1])

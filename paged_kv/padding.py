@@ -15,15 +15,17 @@ def pad_to_bucket(count: int, buckets: Sequence[int] | None = None) -> int:
     are padding, and so are rows of length 0: `BlockAllocator.block_table(..., num_rows=)`.
 
     Args:
-      count: what there is.
-      buckets: the sizes to choose from, rising; by default 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on:
-        two for each doubling, of which padding is a third at most.
+      count: tokens or rows that there are.
+      buckets: tokens or rows to choose from, rising; by default 1, 2, 3, 4, 6, 8, 12, 16, 24 and so
+        on: two for each doubling, of which padding is a third at most.
 
     Returns:
-      The smallest of them that holds `count`.
+      Tokens or rows to pad to: the smallest bucket that holds `count`.
 
     Raises:
-      ValueError: `count` is negative, or above the last bucket.
+      ValueError: `count` is not an int of at least 0, or above the last bucket.
+
+    Source: the capture sizes of vLLM's CUDA graphs, the buckets of JetStream and tpu-inference.
     """
     validate.not_negative("count", count)
     if buckets is None:

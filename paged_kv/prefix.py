@@ -19,16 +19,34 @@ Salt = str | bytes | None
 
 
 class BlockStored(NamedTuple):
-    """A block became findable.  Hashes are chained over all tokens before, 16 bytes, stable."""
+    """A block became findable: an event of `BlockAllocator.take_events`.
+
+    Hashes are chained over all tokens before, BLAKE2b of 16 bytes, the same in every process.
+
+    Attributes:
+      block_hash: of the prefix that ends with the block.
+      parent_hash: of the prefix before it; of a sequence's first block, the hash of its salt.
+      tokens: the block's own tokens, as many as it has slots.
+      block: its id.
+
+    Source: the KV events of vLLM.
+    """
 
     block_hash: bytes
-    parent_hash: bytes  # of a sequence's first block: the hash of its salt
+    parent_hash: bytes
     tokens: tuple[int, ...]
     block: int
 
 
 class BlockRemoved(NamedTuple):
-    """A block can no longer be found."""
+    """A block can no longer be found: an event of `BlockAllocator.take_events`.
+
+    Attributes:
+      block_hash: as in `BlockStored`.
+      block: its id, which is another's from now on.
+
+    Source: the KV events of vLLM.
+    """
 
     block_hash: bytes
     block: int

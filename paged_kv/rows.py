@@ -39,8 +39,8 @@ def paged_dot_product_attention(
       cache: of one layer, or a stack with `layer`; its batch is the query's.
       query_seq_lengths: real queries of each row, int32 (batch,) in [0, T]; the rest is padding at
         the end of a row and gives 0.  None: all T.
-      scale, is_causal, local_window_size, return_residual, implementation: as in `jax.nn`, and in
-        `paged_attention`.
+      scale, is_causal, local_window_size, return_residual, implementation: as in `paged_attention`,
+        which has them from `jax.nn`.
       **attention: every other keyword of `paged_attention` but `query_start_loc`.  A `schedule` is
         one of `query_start_loc = row_starts(batch, T, query_seq_lengths)`.
 
@@ -86,7 +86,7 @@ def append_rows(
 
     Args:
       cache: advanced already, by T or by `query_seq_lengths`.
-      keys, values: new tokens, cast to the pools' dtype.
+      keys, values: (batch, T, num_kv_heads, head_dim), cast to the pools' dtype.
       query_seq_lengths: real tokens of each row, int32 (batch,) in [0, T]; None: all T.
       **append: `layer`, `implementation` and `interpret` of `append_tokens`.
 
@@ -114,7 +114,8 @@ def append_and_attend_rows(
     """`append_and_attend` for tokens that are (batch, T, heads, head_dim).
 
     Args:
-      query, keys, values: the new tokens of each row.
+      query: (batch, T, num_query_heads, head_dim), the new tokens of each row.
+      keys, values: (batch, T, num_kv_heads, head_dim), of the same tokens.
       cache: advanced already, by T or by `query_seq_lengths`; donate it.
       query_seq_lengths: real tokens of each row, int32 (batch,) in [0, T]; None: all T.
       return_residual: also return lse, (batch, T, num_query_heads).
@@ -147,7 +148,8 @@ def row_starts(
     """The `query_start_loc` of packed rows, for `make_schedule`.
 
     Args:
-      batch, width: rows, and T.
+      batch: rows.
+      width: T, tokens of a row, padding included.
       query_seq_lengths: real tokens of each row, int32 (batch,); None: all T.
 
     Returns:
@@ -166,7 +168,7 @@ def row_positions(
 
     Args:
       cache: advanced already: the step's tokens are the last of each sequence.
-      width: T.
+      width: T, tokens of a row, padding included.
       query_seq_lengths: real tokens of each row, an int or int32 (batch,); None: all T.
 
     Returns:

@@ -12,7 +12,10 @@ from .prefix import PrefixIndex, Salt
 
 
 class OutOfBlocksError(ValueError):
-    """Fewer blocks are free than a request needs; nothing was changed."""
+    """Fewer blocks are free than a request needs; nothing was changed.
+
+    From `BlockAllocator.allocate` and `extend`: free or swap out a sequence, then ask again.
+    """
 
 
 class Sequence:
@@ -54,6 +57,11 @@ class Sequences:
         self._sequences: dict[Hashable, Sequence] = {}
 
     def __contains__(self, seq_id: Hashable) -> bool:
+        """Whether a sequence is allocated: `seq_id in allocator`.
+
+        Args:
+          seq_id: the name to look for.
+        """
         return seq_id in self._sequences
 
     def allocate(self, seq_id: Hashable, num_tokens: int, *, salt: Salt = None) -> list[int]:
@@ -62,11 +70,15 @@ class Sequences:
         Args:
           seq_id: its name from now on.
           num_tokens: tokens to make room for.
-          salt: its tenant; what it commits is found under the same salt only.
+          salt: its tenant, a str or bytes; what it commits is found under the same salt only.
+
+        Returns:
+          Ids of its blocks, one for every `block_size` tokens begun.
 
         Raises:
           OutOfBlocksError: too few blocks are free.
-          ValueError: the id is taken, or `num_tokens` is negative.
+          ValueError: the id is taken, `num_tokens` is not an int of at least 0, or `salt` is of
+            another type.
         """
         with self._lock:
             self._check_new(seq_id)
@@ -86,9 +98,16 @@ class Sequences:
         (it is not among those returned, and it is in `blocks` and `block_table`), and a copy is
         pending.
 
+        Args:
+          seq_id: the sequence.
+          num_tokens: tokens to make room for, besides those it has room for.
+
+        Returns:
+          Ids of the blocks added, none while its last block has room.
+
         Raises:
           OutOfBlocksError: too few blocks are free.
-          ValueError: no such sequence, or `num_tokens` is negative.
+          ValueError: no such sequence, or `num_tokens` is not an int of at least 0.
         """
         with self._lock:
             sequence = self._get(seq_id)
@@ -116,9 +135,13 @@ class Sequences:
     def truncate(self, seq_id: Hashable, num_tokens: int) -> None:
         """Rolls a sequence back to `num_tokens` tokens, and gives the blocks past them back.
 
+        Args:
+          seq_id: the sequence.
+          num_tokens: tokens that stay, from its first on.
+
         Raises:
-          ValueError: no such sequence, it has fewer tokens, or `trim_window` has given back the
-            block of the last token that is left.
+          ValueError: no such sequence, `num_tokens` is negative or more than it has, or
+            `trim_window` has given back the block of the last token that is left.
         """
         with self._lock:
             sequence = self._get(seq_id)
@@ -145,6 +168,13 @@ class Sequences:
         The tokens must have been written.  Costs no block until one of the two writes into their
         last block: see `extend`.
 
+        Args:
+          seq_id: the sequence to go on from.
+          new_id: name of the new one.
+
+        Returns:
+          Ids of the blocks, which both hold now.
+
         Raises:
           ValueError: no such sequence, or the new id is taken.
         """
@@ -159,6 +189,9 @@ class Sequences:
 
     def free(self, seq_id: Hashable) -> None:
         """Ends a sequence.  Blocks that nobody else holds are free, or cached if committed.
+
+        Args:
+          seq_id: the sequence; its name can be used again.
 
         Raises:
           ValueError: no such sequence.
@@ -182,7 +215,7 @@ class Sequences:
 
         Args:
           seq_id: the sequence.
-          local_window_size: (left, right) or an int, as in `paged_attention`.
+          local_window_size: keys on the (left, right) or an int, as in `paged_attention`.
           next_position: the first position still to be computed; by default all tokens that there
             is room for have been.  A later `truncate` below it is too late for these blocks.
 
@@ -214,7 +247,10 @@ class Sequences:
         return self._ledger.num_available
 
     def blocks(self, seq_id: Hashable) -> list[int]:
-        """A sequence's blocks, in order; -1 for those trimmed.
+        """Ids of a sequence's blocks, in order; -1 for those trimmed.
+
+        Args:
+          seq_id: the sequence.
 
         Raises:
           ValueError: no such sequence.
@@ -224,6 +260,9 @@ class Sequences:
 
     def num_tokens(self, seq_id: Hashable) -> int:
         """Tokens that a sequence has room for, as asked of `allocate` and `extend`.
+
+        Args:
+          seq_id: the sequence.
 
         Raises:
           ValueError: no such sequence.
@@ -241,7 +280,7 @@ class Sequences:
         """The table for `set_block_table`: one row per id, and -1 where nothing is.
 
         Args:
-          seq_ids: the rows.
+          seq_ids: the sequences, one for each row.
           max_blocks: columns: `max_blocks_per_seq` of the cache.
           num_rows: rows, those past the ids empty; by default as many as ids.
           allow_missing: an id that is not allocated is an empty row, not an error.

@@ -46,6 +46,9 @@ def cache_partition_specs(
       cache: arrays or `ShapeDtypeStruct`s, of one layer or a stack; only its form is looked at.
       data, tensor, context: names of mesh axes, or tuples of them; None where there is none.
 
+    Returns:
+      A cache whose fields are `PartitionSpec`s, of as many axes as the arrays have.
+
     Source: heads over a tensor axis as in Megatron (Shoeybi et al., 2019); rank-local block ids as
     in vLLM's data parallelism.
     """
@@ -72,8 +75,8 @@ def init_sharded_cache(
 
     Args:
       mesh: with axes of any type; its devices may belong to several processes.
-      num_kv_heads: of the model.  Where it divides the ranks of `tensor`, fewer heads than chips,
-        the cache has a head for each chip, and a head is held by several of them.
+      num_kv_heads: heads of the model.  Where it divides the ranks of `tensor`, fewer heads than
+        chips, the cache has a head for each chip, and a head is held by several of them.
       data, tensor, context: as in `cache_partition_specs`.
       **sizes: as in `init_paged_kv_cache`, of all ranks together: `num_blocks` and `batch_size`
         are multiples of the data ranks, `block_size` of the context ranks.
@@ -81,6 +84,9 @@ def init_sharded_cache(
     Raises:
       ValueError: an axis is not of the mesh or named twice, a size is not a multiple of its ranks,
         or `init_paged_kv_cache` refuses a size.
+
+    Source: heads over a tensor axis as in Megatron (Shoeybi et al., 2019), a head held by several
+    chips as in vLLM.
     """
     place = Placement.of(mesh, data, tensor, context)
     heads = validate_sharding.heads_of_cache(place, num_kv_heads)
@@ -116,7 +122,7 @@ def sharded_append_tokens(
       data, tensor, context: as in `cache_partition_specs`.
       query_start_loc: int32 (batch + 1,), or with `data` (data ranks, batch of a rank + 1), each
         rank's own from 0; None means one token per sequence.
-      layer: of a stacked cache, an int or a traced int32.
+      layer: which layer of a stacked cache, an int or a traced int32.
       **named: `implementation` and `interpret`, as in `append_tokens`.
 
     Raises:
@@ -153,7 +159,7 @@ def sharded_paged_attention(
       data, tensor, context: as in `cache_partition_specs`.
       query_start_loc: int32 (batch + 1,), or with `data` (data ranks, batch of a rank + 1), each
         rank's own from 0; None means one token per sequence.
-      layer: of a stacked cache, an int or a traced int32.
+      layer: which layer of a stacked cache, an int or a traced int32.
       sinks, alibi_slopes: (num_query_heads,), of all heads; sinks are applied once, after the
         merge.
       **attention: every other keyword of `paged_attention` but `schedule`, which each device makes.
@@ -198,10 +204,18 @@ def sharded_append_and_attend(
 ) -> tuple[Any, PagedKVCache]:
     """`sharded_append_tokens`, then `sharded_paged_attention` over the result; donate the cache.
 
-    Args and Raises are those of both.
+    Args:
+      mesh, cache, keys, values: as in `sharded_append_tokens`.
+      data, tensor, context, query_start_loc, layer: as in `sharded_append_tokens`.
+      query, sinks, alibi_slopes: as in `sharded_paged_attention`.
+      **attention: as in `sharded_paged_attention`.
 
     Returns:
       What `sharded_paged_attention` returns, and the cache with the new tokens.
+
+    Raises:
+      ValueError: as both, and when query and keys differ in tokens.
+      NotImplementedError: as both.
     """
     place = Placement.of(mesh, data, tensor, context)
     arrays = _Arrays(cache, query, keys, values, query_start_loc, layer, sinks, alibi_slopes)

@@ -32,6 +32,10 @@ def truncate(cache: PagedKVCache, seq_lengths: int | Int32[Array, "batch"]) -> P
 
     Blocks stay in the table, for the next tokens.  Under jit a longer length changes nothing.
 
+    Args:
+      cache: of one layer or a stack.
+      seq_lengths: tokens that stay of each sequence, one int for all or int32 (batch,).
+
     Raises:
       ValueError: a length is negative or longer than the present one (concrete values only).
     """
@@ -44,6 +48,10 @@ def reset_sequences(cache: PagedKVCache, mask: Bool[Array, "batch"]) -> PagedKVC
     """Empties the sequences where `mask` is true: length 0 and a row of -1.
 
     Their blocks can be handed out again; `scrub_blocks` wipes what is in them.
+
+    Args:
+      cache: of one layer or a stack.
+      mask: bool (batch,), the rows to empty.
 
     Raises:
       ValueError: `mask` is not bool (batch,).
@@ -67,8 +75,13 @@ def set_block_table(
     Two sequences may share a block: the way to share a prefix on purpose.  The new table lies where
     the old one does, on a mesh too.
 
+    Args:
+      cache: of one layer or a stack.
+      block_table: int32 (batch, max_blocks_per_seq), ids of blocks, -1 where there is none.
+      mask: bool (batch,), the rows to replace; None: all.
+
     Raises:
-      ValueError: shapes or dtypes differ from the cache's.
+      ValueError: shapes or dtypes differ from the cache's, or `mask` is not bool (batch,).
     """
     validate.same_table(block_table, cache)
     block_table = jnp.asarray(block_table)
@@ -92,11 +105,17 @@ def copy_blocks(
 ) -> PagedKVCache:
     """Copies whole blocks, keys and values of all layers: the copy in copy-on-write.
 
-    All sources are read before any target is written.  A pair with an id below 0 is skipped.
+    All sources are read before any target is written.
+
+    Args:
+      cache: of one layer or a stack.
+      source_ids, target_ids: int32 (n,), ids of blocks.  A pair with one below 0 is skipped.
 
     Raises:
       ValueError: the two differ in shape, or are not int32 (n,); an id is past the pool or a target
         is named twice (concrete values only; under jit a pair past the pool is skipped).
+
+    Source: the copy-on-write of vLLM (Kwon et al., 2023).
     """
     source, target = validate.id_pairs(source_ids, target_ids)
     validate_values.block_ids("source_ids", source, cache.num_blocks)
@@ -118,7 +137,9 @@ def copy_blocks(
 def scrub_blocks(cache: PagedKVCache, block_ids: Int32[Array, "n"]) -> PagedKVCache:
     """Zeroes whole blocks, keys and values of all layers, so that no tenant finds another's.
 
-    Ids below 0 are skipped.
+    Args:
+      cache: of one layer or a stack.
+      block_ids: int32 (n,), ids of blocks.  Those below 0 are skipped.
 
     Raises:
       ValueError: `block_ids` is not int32 (n,), or an id is past the pool (concrete values only;
@@ -149,10 +170,11 @@ def slot_mapping(
       query_start_loc: int32 (batch + 1,), prefix sums of tokens per sequence; None: one each.
       num_tokens: packed tokens, padding included.
 
-    Source: vLLM's slot mapping.
-
     Raises:
-      ValueError: `query_start_loc` does not fit the batch or `num_tokens`.
+      ValueError: `query_start_loc` does not fit the batch or `num_tokens`, or the fields of the
+        cache do not agree.
+
+    Source: the slot mapping of vLLM.
     """
     shape = validate.cache_shape(cache)
     validate.start_locations(cache, query_start_loc, num_tokens)

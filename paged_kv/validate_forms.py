@@ -40,27 +40,6 @@ def row_counts(counts: Any, width: int) -> None:
         )
 
 
-# ---- one sequence of a batch ---------------------------------------------------------------------
-
-
-def one_sequence(cache: "PagedKVCache") -> None:
-    table, lengths = cache.block_table, cache.seq_lengths
-    if table.ndim != 1 or lengths.ndim != 0:
-        raise ValueError(
-            f"block_table {table.shape} and seq_lengths {lengths.shape} must be one sequence's, "
-            "(max_blocks_per_seq,) and (): call it under vmap with sequence_axes(cache), or take "
-            "append_and_attend_rows for a batch"
-        )
-
-
-def shared_pools(is_mapped: bool) -> None:
-    if is_mapped:
-        raise ValueError(
-            "vmap maps the pools, which all sequences share: give the cache in_axes and out_axes "
-            "of sequence_axes(cache)"
-        )
-
-
 # ---- pools of other libraries --------------------------------------------------------------------
 
 

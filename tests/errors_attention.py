@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from errors_api import Row, cache, entry, init, int32, kv, long, stack
+from errors_api import Row, append, cache, entry, init, int32, kv, long, stack
 
 import paged_kv
 
@@ -163,6 +163,12 @@ def attend_strictly(implementation, head_dim, pool_dtype=jnp.bfloat16):
     return attend(query, cache=lambda: init(**sizes), implementation=implementation)
 
 
+def rows_strictly(function, *heads):
+    """A call with (batch, T) tokens of a head_dim that the kernel does not take."""
+    arrays = [kv(2, 1, count, 8) for count in heads]
+    return function(*arrays, cache=cache(), implementation="mosaic_tpu")
+
+
 STRICT = [
     Row(
         "mosaic_tpu without a TPU",
@@ -180,6 +186,40 @@ STRICT = [
         "head_dim that a kernel does not take",
         lambda: attend_strictly("mosaic_tpu", 40),
         'cannot run this attention: .*head_dim=40.*use implementation="xla"',
+        NotImplementedError,
+    ),
+    Row(
+        "append by a kernel that does not take it",
+        lambda: append(implementation="mosaic_tpu"),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
+    ),
+    Row(
+        "both by a kernel that does not take them",
+        lambda: paged_kv.append_and_attend(
+            kv(2, 4, 8), kv(), kv(), cache(), implementation="mosaic_tpu"
+        ),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
+    ),
+    Row(
+        "rows by a kernel that does not take them",
+        lambda: rows_strictly(paged_kv.paged_dot_product_attention, 4),
+        "implementation='mosaic_tpu' cannot run this attention: ",
+        NotImplementedError,
+    ),
+    Row(
+        "append of rows by a kernel that does not take them",
+        lambda: paged_kv.append_rows(
+            cache(), kv(2, 1, 2, 8), kv(2, 1, 2, 8), implementation="mosaic_tpu"
+        ),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
+    ),
+    Row(
+        "append and attention of rows by a kernel that does not take them",
+        lambda: rows_strictly(paged_kv.append_and_attend_rows, 4, 2, 2),
+        "implementation='mosaic_tpu' cannot run this append: ",
         NotImplementedError,
     ),
 ]

@@ -39,6 +39,11 @@ ROWS_OF_TOKENS = [
         r"query_seq_lengths=.* must be an int or int32 \(batch,\) = \(2,\)",
     ),
     Row("rows more than there are", attend, r"sequence 1 has 3 query tokens but seq_lengths"),
+    Row(
+        "row positions",
+        lambda: paged_kv.row_positions(cache(), 1, int32([1])),
+        r"query_seq_lengths=.* must be an int or int32 \(batch,\) = \(2,\)",
+    ),
     Row("append_rows keys", lambda: append(kv(2, 2, 8)), r"keys \(2, 2, 8\) must be \(batch, T"),
     Row(
         "append_rows values",
@@ -120,6 +125,7 @@ TABLES = [
     ),
     Row("slots count", lambda: slots((0,)), r"slot_mapping int32\(1,\) must be int32 \(2,\)"),
     Row("slots past pool", lambda: slots((0, 32)), "slot_mapping has 32, the pool 32 slots"),
+    Row("slots read", lambda: interop.read_slots(cache(), int32([32])), "has 32, the pool 32 slot"),
 ]
 
 
@@ -132,6 +138,11 @@ DENSE = [
     Row("dense block", lambda: dense(block_size=0), "block_size=0 must be a positive int"),
     Row("dense pair", lambda: dense(kv(2, 6, 2, 8)), r"keys float32\(2, 6, 2, 8\) and values"),
     Row("dense shape", lambda: dense(lengths=int32([1])), r"seq_lengths int32\(1,\) must be int32"),
+    Row(
+        "dense of no cache",
+        lambda: interop.to_dense(cache(seq_lengths=int32([1]))),
+        r"block_table \(2, 3\) must be .* and seq_lengths \(1,\) \(batch,\)",
+    ),
     Row("dense lengths", lambda: dense(lengths=int32([6, 0])), r"\[6, 0\] must be in \[0, 5\]"),
     Row(
         "dlpack",

@@ -4,6 +4,7 @@ import importlib
 import sys
 from unittest import mock
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from errors_api import Row, cache, kv, stack
@@ -33,6 +34,10 @@ def nnx_call(width=1, step=1, **options):
         return attention(query, keys, keys, **options)
 
 
+def nnx_positions():
+    return paged_nnx.PagedCache(cache()).positions()
+
+
 def nnx_nested():
     paged = paged_nnx.PagedCache(cache())
     with paged.step(1), paged.step(1):
@@ -57,6 +62,7 @@ NNX = [
         ImportError,
     ),
     Row("nnx without step", lambda: nnx_call(step=None), r"in `with cache\.step\(\.\.\.\)`"),
+    Row("nnx positions", nnx_positions, r"in `with cache\.step\(\.\.\.\)`"),
     Row("nnx step in a step", nnx_nested, "a step of this cache is under way"),
     Row("nnx counts", nnx_counts_without_width, "is an array; say with width= how wide"),
     Row("nnx mask", lambda: nnx_call(mask=jnp.ones(1)), "a paged cache takes no mask"),
@@ -90,6 +96,12 @@ LINEN = [
     ),
     Row("linen without cache", linen_step, r"call model\.apply with .*'paged': \{'kv': cache\}"),
     Row("linen mask", lambda: linen_call(1, mask=jnp.ones(1)), "a paged cache takes no mask"),
+    Row(
+        "linen dropout",
+        lambda: linen_call(1, dropout_rate=0.1, deterministic=False),
+        "dropout_rate=0.1: paged attention has no dropout",
+        NotImplementedError,
+    ),
     Row("linen width", lambda: linen_call(2), "must have the T of the step, 1"),
 ]
 
@@ -99,12 +111,22 @@ def equinox_call():
     return paged_equinox.attend(kv(2, 4, 8), kv(2, 2, 8), kv(2, 2, 8), cache())
 
 
+def one_sequence(**changes):
+    """The first sequence of a cache."""
+    first = {"block_table": cache().block_table[0], "seq_lengths": cache().seq_lengths[0]}
+    return cache(**first, **changes)
+
+
 def equinox_call_of_one(key_pool):
     """`attend` over the first sequence of a cache with this pool."""
-    kv_cache = cache(
-        key_pool=key_pool, block_table=cache().block_table[0], seq_lengths=cache().seq_lengths[0]
-    )
+    kv_cache = one_sequence(key_pool=key_pool)
     return paged_equinox.attend(kv(1, 4, 8), kv(1, 2, 8), kv(1, 2, 8), kv_cache)[0]
+
+
+def equinox_module(kv_cache, **options):
+    """A module of two heads of 8."""
+    module = eqx.nn.MultiheadAttention(2, 16, key=jax.random.key(0))
+    return paged_equinox.multihead_attention(module, kv(1, 16), kv_cache, **options)
 
 
 EQUINOX = [
@@ -123,6 +145,13 @@ EQUINOX = [
         "equinox pools",
         lambda: jax.vmap(equinox_call_of_one)(jnp.stack([cache().key_pool] * 2)),
         "vmap maps the pools, which all sequences share: .* sequence_axes",
+    ),
+    Row("equinox module of a batch", lambda: equinox_module(cache()), "must be one sequence's"),
+    Row(
+        "equinox by a kernel that does not take it",
+        lambda: equinox_module(one_sequence(), implementation="mosaic_tpu"),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
     ),
 ]
 

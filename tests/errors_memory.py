@@ -39,6 +39,11 @@ def pending(blocks):
     blocks.defragment()
 
 
+def pending_elsewhere(blocks):
+    """A copy into a block that a smaller pool does not have."""
+    return blocks.take_pending()._replace(copy_sources=int32([0]), copy_targets=int32([9]))
+
+
 def broken(blocks):
     blocks._ledger.free.give(blocks._sequences["a"].blocks)
     blocks._sequences["a"].num_tokens += 13
@@ -166,6 +171,11 @@ MOVING = [
         "defragment another's",
         lambda: allocator(lambda a: paged_kv.defragment(cache(), a)),
         "allocator has num_blocks=4 of block_size=16, the cache 8 of 4; pass the cache's own",
+    ),
+    Row(
+        "pending past pool",
+        lambda: paged_kv.apply_pending(cache(), allocator(pending_elsewhere)),
+        r"target_ids=\[9\] must be below num_blocks=8",
     ),
     Row("move pairs", lambda: paged_kv.move_blocks(cache(), int32([0]), int32([])), "pair up"),
     Row("device pool", lambda: paged_kv.init_device_allocator(0), "num_blocks=0 must be a posit"),

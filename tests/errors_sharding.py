@@ -141,6 +141,18 @@ ROWS = [
         NotImplementedError,
     ),
     Row(
+        "sharded append by a kernel that does not take it",
+        lambda: append(data="x", implementation="mosaic_tpu"),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
+    ),
+    Row(
+        "sharded append and attention by a kernel that does not take them",
+        lambda: both((2, 4, 8), (2, 2, 8), data="x", implementation="mosaic_tpu"),
+        "implementation='mosaic_tpu' cannot run this append: ",
+        NotImplementedError,
+    ),
+    Row(
         "pool elsewhere",
         lambda: attend(cache=misplaced, kind=AxisType.Explicit, tensor="x"),
         r"key_pool is placed as .*'x'.*, but must be placed as .*: make the cache with",

@@ -15,10 +15,10 @@ from ragged import cache_of, int32, normal
 from tolerances import tolerance
 
 import paged_kv
-from paged_kv.integrations import equinox as paged_equinox
-from paged_kv.integrations import nnx as paged_nnx
 from tools.examples import batch
 
+paged_equinox = pytest.importorskip("paged_kv.integrations.equinox", exc_type=ImportError)
+paged_nnx = pytest.importorskip("paged_kv.integrations.nnx", exc_type=ImportError)
 NUM_TOKENS = 10
 EXAMPLES = ["nnx_gpt", "nnx_gemma", "linen_gpt", "equinox_llama"]
 

@@ -67,6 +67,8 @@ class Schedule:
       made_for: the facts it was made for.
       work: what backends made of it besides, by implementation; one that misses its own makes it
         in every call.
+
+    Source: the plan of FlashInfer (Ye et al., 2025), made once per step and shared by all layers.
     """
 
     seq_lengths: Array
@@ -75,7 +77,11 @@ class Schedule:
     work: Mapping[str, BackendWork] = field(default_factory=dict)
 
     def only_if(self, condition: Array) -> "Schedule":
-        """Where the condition, a bool scalar, is false, no sequence has tokens."""
+        """The schedule, or, where a condition is false, one in which no sequence has tokens.
+
+        Args:
+          condition: bool ().
+        """
         work = {name: backend.only_if(condition) for name, backend in self.work.items()}
         return replace(self, seq_lengths=jnp.where(condition, self.seq_lengths, 0), work=work)
 

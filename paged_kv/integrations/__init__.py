@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..cache import PagedKVCache
+
 
 def missing(framework: str, extra: str, error: ImportError) -> ImportError:
     """The error of an integration whose framework cannot be imported."""
@@ -45,3 +47,31 @@ def check_hook_call(
         raise NotImplementedError(f"{dropout_rate=}: paged attention has no dropout")
     if query.shape[1] != width:
         raise ValueError(f"query {query.shape} must have the T of the step, {width}")
+
+
+def check_one_sequence(cache: PagedKVCache) -> None:
+    """Under `vmap` a model sees one sequence of a cache.
+
+    Raises:
+      ValueError: table and lengths are those of a batch.
+    """
+    table, lengths = cache.block_table, cache.seq_lengths
+    if table.ndim != 1 or lengths.ndim != 0:
+        raise ValueError(
+            f"block_table {table.shape} and seq_lengths {lengths.shape} must be one sequence's, "
+            "(max_blocks_per_seq,) and (): call it under vmap with sequence_axes(cache), or take "
+            "append_and_attend_rows for a batch"
+        )
+
+
+def check_shared_pools(is_mapped: bool) -> None:
+    """All sequences under `vmap` have the same pools.
+
+    Raises:
+      ValueError: `vmap` maps them.
+    """
+    if is_mapped:
+        raise ValueError(
+            "vmap maps the pools, which all sequences share: give the cache in_axes and out_axes "
+            "of sequence_axes(cache)"
+        )

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from .. import rows, validate_forms
+from .. import rows
 from ..cache import PagedKVCache
-from . import missing
+from . import check_one_sequence, check_shared_pools, missing
 
 try:
     import equinox as eqx
@@ -27,7 +27,11 @@ except ImportError as error:
 
 
 def sequence_axes(cache: PagedKVCache) -> PagedKVCache:
-    """`in_axes` and `out_axes` of a cache for `jax.vmap` over its sequences: pools are shared."""
+    """`in_axes` and `out_axes` of a cache for `jax.vmap` over its sequences: pools are shared.
+
+    Args:
+      cache: of one layer or a stack; only its form is looked at.
+    """
     return replace(cache, key_pool=None, value_pool=None, block_table=0, seq_lengths=0)
 
 
@@ -43,7 +47,8 @@ def attend(
     """Appends one sequence's new tokens and attends over the sequence; alone or under `vmap`.
 
     Args:
-      query, keys, values: the new tokens.
+      query: (T, num_query_heads, head_dim), the new tokens.
+      keys, values: (T, num_kv_heads, head_dim), of the same tokens.
       cache: one sequence's view, advanced already by T or `num_new_tokens`.
       num_new_tokens: real tokens, int32 () in [0, T]; the rest is padding at the end.  None: all.
       **attention: keywords of `append_and_attend` but `query_start_loc`; arrays among them are
@@ -58,7 +63,7 @@ def attend(
         `append_and_attend_rows`.
       NotImplementedError: as `append_and_attend_rows`.
     """
-    validate_forms.one_sequence(cache)
+    check_one_sequence(cache)
     counts = None if num_new_tokens is None else jnp.asarray(num_new_tokens, jnp.int32)
     arrays, static = eqx.partition(attention, eqx.is_array)
 
@@ -78,7 +83,7 @@ def attend(
 
     @call.def_vmap
     def _(axis_size, is_batched, per_sequence, shared):
-        validate_forms.shared_pools(any(jax.tree.leaves(is_batched[1])))
+        check_shared_pools(any(jax.tree.leaves(is_batched[1])))
         fill = lambda x, is_mapped: x if is_mapped else jnp.stack([x] * axis_size)
         out, pools = batched(*jax.tree.map(fill, per_sequence, is_batched[0]), *shared)
         return (out, pools), (True, (False, False))
@@ -100,11 +105,14 @@ def multihead_attention(
 
     Args:
       module: `num_heads` are query and kv heads, `qk_size` equals `vo_size`; dropout is left out.
-      x: the new tokens of one sequence.
+      x: (T, query_size), the new tokens of one sequence.
       cache: one sequence's view, advanced already.
       process_heads: from (query, keys, values), each (T, num_heads, head_dim), to the same, such as
         a rotary embedding at the tokens' positions.
       **attention: keywords of `attend`.
+
+    Returns:
+      (T, output_size), and the cache with the new tokens.
 
     Raises:
       ValueError, NotImplementedError: as `attend`.

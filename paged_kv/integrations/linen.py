@@ -32,7 +32,7 @@ class PagedCache(nn.Module):
         Args:
           num_new_tokens: tokens of each row of the step's (batch, T) input: an int T where all have
             as many, or int32 (batch,) for rows padded at their end.
-          width: T, needed where `num_new_tokens` is an array.
+          width: T, tokens of a row with its padding; needed where `num_new_tokens` is an array.
 
         Returns:
           What gives layers their `attention_fn`.  In `init` there is no cache, and attention is

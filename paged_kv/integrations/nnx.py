@@ -24,6 +24,9 @@ except ImportError as error:
 class PagedCache(nnx.Module):
     """A `PagedKVCache` as NNX state, shared by all layers that attend over it.
 
+    Args:
+      cache: of one layer or a stack.
+
     Attributes:
       kv: an `nnx.Cache` that holds the `PagedKVCache`: between steps, `get_value` and `set_value`
         it for `set_block_table`, `truncate` and so on.
@@ -43,7 +46,7 @@ class PagedCache(nnx.Module):
         Args:
           num_new_tokens: tokens of each row of the step's (batch, T) input: an int T where all have
             as many, or int32 (batch,) for rows padded at their end.
-          width: T, needed where `num_new_tokens` is an array.
+          width: T, tokens of a row with its padding; needed where `num_new_tokens` is an array.
 
         Raises:
           ValueError: `width` is missing, a step is under way, or as `advance`.
@@ -115,6 +118,17 @@ class PagedAttention(nnx.Module):
 
         What `nnx.MultiHeadAttention` passes besides has no meaning here: causality is by position,
         dtypes and precision are those of `paged_attention`.
+
+        Args:
+          query: (batch, T, num_query_heads, head_dim), the step's tokens.
+          key, value: (batch, T, num_kv_heads, head_dim), of the same tokens.
+          mask: None; of any shape, as in (batch, heads, T, S), it is an error.
+          dropout_rate: share of the weights to drop: 0, unless `deterministic`.
+          deterministic: no dropout, whatever its rate.
+          **unused: the other arguments of `nnx.dot_product_attention`.
+
+        Returns:
+          Shaped and typed as the query.
 
         Raises:
           ValueError: a mask is given, no step is under way, the step has another T, or as

@@ -24,8 +24,8 @@ def from_dense(
     For more room than S, or blocks shared with others, `append_rows` into a cache of one's own.
 
     Args:
-      keys, values: with num_layers in front for a stack.
-      seq_lengths: valid tokens of each sequence, the first of its row; None: all S.
+      keys, values: (batch, S, num_kv_heads, head_dim), or with num_layers in front for a stack.
+      seq_lengths: int32 (batch,), valid tokens of each sequence, the first of its row; None: all S.
       block_size: token slots of a block; n = ceil(S / block_size).
 
     Raises:
@@ -60,6 +60,9 @@ def to_dense(
     Args:
       cache: of one layer or a stack, packed or not.
 
+    Returns:
+      Keys and values, (batch, S, num_kv_heads, head_dim) each, or with num_layers in front.
+
     Raises:
       ValueError: the fields of the cache do not agree.
     """
@@ -79,7 +82,14 @@ def to_dense(
 
 
 class CacheViews(NamedTuple):
-    """The arrays of a cache as another library's, over the same memory."""
+    """The arrays of a cache as another library's, over the same memory.
+
+    Attributes:
+      key_pool, value_pool, block_table, seq_lengths: shaped and typed as in `PagedKVCache`, or the
+        pools as in `PackedKVCache`.
+
+    Source: the DLPack protocol of the Python array API standard.
+    """
 
     key_pool: Any
     value_pool: Any
@@ -96,6 +106,8 @@ def to_dlpack(cache: PagedKVCache, from_dlpack: Callable[[Any], Any]) -> CacheVi
     Args:
       cache: of one layer or a stack; its shapes stay.
       from_dlpack: the library's; NumPy's knows no bfloat16.
+
+    Source: the DLPack protocol of the Python array API standard.
     """
     arrays = (cache.key_pool, cache.value_pool, cache.block_table, cache.seq_lengths)
     return CacheViews(*map(from_dlpack, arrays))
@@ -112,6 +124,8 @@ def from_dlpack(key_pool: Any, value_pool: Any, block_table: Any, seq_lengths: A
 
     Raises:
       ValueError: the arrays are not those of one cache.
+
+    Source: the DLPack protocol of the Python array API standard.
     """
     arrays = (key_pool, value_pool, block_table, seq_lengths)
     cache = PagedKVCache(*map(jax.dlpack.from_dlpack, arrays))

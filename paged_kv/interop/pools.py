@@ -32,6 +32,9 @@ def to_layout(cache: PagedKVCache, layout: str) -> Any:
       cache: of one layer or a stack, packed or not.
       layout: one of `LAYOUTS`.
 
+    Returns:
+      One or two arrays, (num_blocks, block_size, ...) or as listed, in the pools' dtype.
+
     Raises:
       ValueError: the layout has another name.
 
@@ -72,11 +75,12 @@ def from_layout(
     """A cache of pools that come in another layout: the inverse of `to_layout`.
 
     Args:
-      pools: what `to_layout` describes for the layout.
+      pools: a pair of arrays or one, (num_blocks, ...) or as `to_layout` lists for the layout.
       layout: one of `LAYOUTS`.
       block_table, seq_lengths: as in `PagedKVCache`.
-      block_size: for "flat", which does not say it.
-      num_kv_heads, head_dim: for "rpa_v3", which may be padded; by default nothing is padding.
+      block_size: token slots of a block, for "flat", which does not say it.
+      num_kv_heads, head_dim: heads, and values of each, for "rpa_v3", which may be padded; by
+        default nothing is padding.
 
     Raises:
       ValueError: the layout has another name, the pools are no arrays of that layout, or a size it

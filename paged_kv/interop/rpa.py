@@ -21,6 +21,8 @@ class RpaArguments(NamedTuple):
       cu_q_lens: int32 (batch + 1,), our `query_start_loc`.
       distribution: int32 (3,): sequences before the first are decoded, one token each, those before
         the second are chunks of one static size (none here), those before the third are the rest.
+
+    Source: vllm-project/tpu-inference, kernels/ragged_paged_attention/v3.
     """
 
     kv_cache: Float[Array, "num_blocks block_size head_rows heads_per_row width"]
@@ -73,7 +75,8 @@ def from_rpa(
 
     Args:
       kv_cache, kv_lens, page_indices: as in `RpaArguments`.
-      num_kv_heads, head_dim: where `kv_cache` is padded; by default nothing is.
+      num_kv_heads, head_dim: heads, and values of each, where `kv_cache` is padded; by default
+        nothing is.
 
     Returns:
       The cache; entries of its table past a sequence's length are -1.

@@ -16,8 +16,10 @@ class CsrTable(NamedTuple):
 
     Attributes:
       indptr: int32 (batch + 1,), where the blocks of each sequence begin in `indices`.
-      indices: int32, blocks of all sequences, one after another; past indptr[-1], zeros.
+      indices: int32 (entries,), blocks of all sequences, one after another; past indptr[-1], zeros.
       last_page_len: int32 (batch,), tokens in a sequence's last block, 0 where it has none.
+
+    Source: FlashInfer's paged kv-cache layout (Ye et al., 2025).
     """
 
     indptr: Int32[Array, "batch_plus_1"]
@@ -32,7 +34,7 @@ def to_csr(cache: PagedKVCache, capacity: int | None = None) -> CsrTable:
 
     Args:
       cache: of one layer or a stack.
-      capacity: size of `indices`, needed under jit; None: as many as there are.
+      capacity: blocks that `indices` has room for, needed under jit; None: as many as there are.
 
     Raises:
       ValueError: under jit without a capacity, one that is too small, or a table that has no block
@@ -89,14 +91,15 @@ def write_slots(
 
     Args:
       cache: of one layer, or a stack with `layer`.
-      keys, values: cast to the pools' dtype.
-      slot_mapping: `block * block_size + offset`; a token with a slot below 0, or past the pool
-        under jit, is dropped.
+      keys, values: (num_tokens, num_kv_heads, head_dim), cast to the pools' dtype.
+      slot_mapping: int32 (num_tokens,), `block * block_size + offset`; a token with a slot below 0,
+        or past the pool under jit, is dropped.
+      layer: which layer of a stacked cache, an int or a traced int32.
 
     Raises:
       ValueError: shapes, dtypes or `layer` do not fit; a slot is past the pool (concrete values).
 
-    Source: vLLM's reshape_and_cache.
+    Source: the reshape_and_cache of vLLM.
     """
     validate.new_tokens(cache, keys, values)
     at = _slots(cache, slot_mapping, keys.shape[0], layer)
@@ -125,8 +128,12 @@ def read_slots(
 
     Args:
       cache: of one layer, or a stack with `layer`.
-      slot_mapping: `block * block_size + offset`; a slot below 0, or past the pool under jit, gives
-        zeros.
+      slot_mapping: int32 (num_tokens,), `block * block_size + offset`; a slot below 0, or past the
+        pool under jit, gives zeros.
+      layer: which layer of a stacked cache, an int or a traced int32.
+
+    Returns:
+      Keys and values, (num_tokens, num_kv_heads, head_dim) each.
 
     Raises:
       ValueError: dtypes or `layer` do not fit; a slot is past the pool (concrete values).
