@@ -1,4 +1,7 @@
-"""The ceilings of this device, measured, and how near to the one that binds a case comes."""
+"""The ceilings of this device, measured, and how near to the one that binds a case comes.
+
+Source: the roofline of Williams et al. (2009).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

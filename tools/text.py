@@ -2,6 +2,8 @@
 
 Two kinds of vocabulary occur with Llama models: byte-level BPE (`gpt2` in the file), whose merges
 are stored, and SentencePiece BPE (`llama`), whose merges follow from the pieces' scores.
+
+Source: Sennrich et al. (2016) for BPE, Kudo and Richardson (2018) for SentencePiece.
 """
 
 import dataclasses

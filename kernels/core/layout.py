@@ -1,6 +1,8 @@
 """Where things are: the position of a packed token, the block and offset of a position.
 
 Everything is integer arithmetic on small arrays, traced by XLA around the kernels.
+
+Source: tables and slots are those of vLLM (Kwon et al., 2023).
 """
 
 from typing import NamedTuple

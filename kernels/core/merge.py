@@ -1,4 +1,8 @@
-"""Partial attention results: how (out, lse) pairs over disjoint keys become one; sinks."""
+"""Partial attention results: how (out, lse) pairs over disjoint keys become one; sinks.
+
+Source: the state merge of FlashInfer (Ye et al., 2025), the algebra of FlashAttention (Dao et al.,
+2022); sinks as in gpt-oss.
+"""
 
 import jax
 import jax.numpy as jnp

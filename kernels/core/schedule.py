@@ -3,6 +3,9 @@
 `Schedule` holds what depends on lengths and table only; it is made once per step and shared by
 all layers.  `tile_queries` cuts packed queries into tiles of whole tokens of one sequence each, the
 unit both backends loop over, and `untile` puts results back.
+
+Source: made once per step and shared, as the plan of FlashInfer (Ye et al., 2025) is; ragged
+queries in tiles of one sequence each as in FlashAttention-2 (Dao, 2023).
 """
 
 from collections.abc import Mapping

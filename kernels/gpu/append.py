@@ -6,6 +6,8 @@ enough go through registers; others through shared memory:
 
 keys, values --loads--> registers --stores--> slots
 keys, values --TMA--> shared memory --one TMA per token--> slots
+
+Source: the reshape_and_cache of vLLM (Kwon et al., 2023).
 """
 
 from dataclasses import dataclass

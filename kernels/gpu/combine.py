@@ -1,6 +1,8 @@
 """The second kernel of decode: sequences cut into pieces get their result, the others have it.
 
 A warpgroup joins the pieces of one head; it reads several at once, for it waits for nothing else.
+
+Source: the second kernel of Flash-Decoding (Dao et al., 2023).
 """
 
 import operator

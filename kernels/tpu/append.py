@@ -1,4 +1,7 @@
-"""Writing new tokens into the pools on TPU, in place: by copies alone, or unit by unit."""
+"""Writing new tokens into the pools on TPU, in place: by copies alone, or unit by unit.
+
+Source: the reshape_and_cache of vLLM (Kwon et al., 2023), the KV update of tpu-inference.
+"""
 
 from typing import Any
 

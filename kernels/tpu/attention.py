@@ -5,6 +5,9 @@ that some of them sees.  It is block-diagonal: all (token, query head) rows meet
 head) rows of a tile of blocks in one product, the scores of foreign heads are masked together with
 the keys a query must not see, and so one second product gives every head its own output.  Copies
 of the next tile's blocks run meanwhile; the sequence's table row is streamed in slices.
+
+Source: one kernel for ragged batches as in ragged paged attention of tpu-inference
+(arXiv:2604.15464), over the online softmax of FlashAttention (Dao et al., 2022).
 """
 
 from functools import partial

@@ -4,6 +4,8 @@ A row's new token is its last one.  Once the tile it belongs to has arrived, the
 into its unit, the aligned rows of one register, and the unit goes back to the pool from a buffer of
 its own, while the tile is multiplied.  A token of many heads is whole units.  No other row reads
 the block that a row appends to.
+
+Source: the fused update of ragged paged attention (RPA v3) in tpu-inference.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,9 @@
 
 Outside of the kernel the list is a few arrays with a number per row; inside, items are found one
 after the other, so that no array has a number per item.
+
+Source: one list over all sequences as in LeanAttention (Sanovar et al., 2024), and in the stacked
+ragged paged attention of tpu-inference.
 """
 
 from collections.abc import Callable

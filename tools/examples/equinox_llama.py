@@ -6,6 +6,8 @@ Rotary positions, RMS norms, a gated feed-forward layer, attention by stock
 `eqx.nn.MultiheadAttention`.  `write_dense` keeps keys and values in an `eqx.nn.State`, Equinox's
 own way, one sequence and one token at a time.  `write_paged` maps the model over a batch of prompts
 of different lengths, each prompt in one step.
+
+Source: Touvron et al., "LLaMA" (arXiv:2302.13971).
 """
 
 import functools

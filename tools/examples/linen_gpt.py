@@ -4,6 +4,8 @@
 
 `write_dense` uses the cache that Linen has: one sequence at a time, one token at a time.
 `write_paged` takes prompts of different lengths as one batch, each prompt in one step.
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 """
 
 import functools

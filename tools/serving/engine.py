@@ -3,6 +3,8 @@
 The host keeps requests, blocks and time; the device has weights and one stacked cache, which every
 program takes and gives back in place.  Steps are padded to few sizes: one program for each size of
 a decode step, and one for each number of tokens of a step that has parts of prompts in it.
+
+Source: continuous batching is Orca's (Yu et al., 2022), padding to few sizes vLLM's.
 """
 
 import dataclasses

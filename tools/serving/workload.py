@@ -1,4 +1,7 @@
-"""Requests that arrive at random moments, with beginnings that many of them share."""
+"""Requests that arrive at random moments, with beginnings that many of them share.
+
+Source: arrivals as in the serving benchmark of vLLM.
+"""
 
 from collections.abc import Sequence
 
