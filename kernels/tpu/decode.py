@@ -316,18 +316,18 @@ def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
     is_whole = work.are_full(groups.next) & work.are_whole(groups.before)
     lax.cond(is_whole, wait_for_whole, wait)
     pipeline.mask_ends(step, slot, groups.this)
-    if len(plan.variants) == 1:
-        pipeline.run(step, slot, plan.variants[0], groups)
-    else:
-        _choose(step, slot, groups)
+    _run(step, slot, groups)
     step.new.wait(groups.next, groups.before)
 
 
-def _choose(step: Step, slot: int, groups: Groups) -> None:
+def _run(step: Step, slot: int, groups: Groups) -> None:
     """Runs the body for the way that the step's blocks lie."""
     plan, copies, work = step.plan, step.copies, step.copies.work
     is_full = work.are_full([*groups.third, *groups.next])
+    if plan.run == 1:
+        pipeline.run(step, slot, groups, is_full)
+        return
     are_runs = copies.are_runs(slot, copies.keys, groups.third)
     are_runs &= copies.are_runs(slot, copies.values, groups.next)
-    way = jnp.where(is_full, jnp.where(are_runs, 2, 0), 1)
-    lax.switch(way, [partial(pipeline.run, step, slot, way, groups) for way in plan.variants])
+    run = partial(pipeline.run, step, slot, groups)
+    lax.cond(is_full & ~are_runs, partial(run, None), partial(run, is_full & are_runs))

@@ -89,14 +89,6 @@ class DecodePlan:
         return 2 * self.items_per_step * self.slice_entries
 
     @property
-    def variants(self) -> tuple[str, ...]:
-        """Ways of copying a step's blocks, each compiled into a body of its own.
-
-        Where copies are the limit, they have no cycle to spare for a predicate.
-        """
-        return ("scattered", "general", "runs") if self.run > 1 else ("any",)
-
-    @property
     def chunks(self) -> list[tuple[int, int]]:
         """(item, first row) of every product of a step."""
         rows = range(0, self.tile_rows, self.chunk_rows)

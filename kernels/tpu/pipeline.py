@@ -262,32 +262,26 @@ def write(step: Step, item: Item, state: softmax.State) -> None:
     step.lse[pl.ds(row, 1), :] = jnp.where(is_item, lse, step.lse[pl.ds(row, 1), :])
 
 
-def run(step: Step, slot: int, way: str, groups: Groups) -> None:
-    """One step in one block of code, `way` being how its blocks are copied.
+def run(step: Step, slot: int, groups: Groups, is_fast: Any) -> None:
+    """One step in one block of code.
 
-    Copies of full tiles are started inside of it, in the "general" way those of any tiles before
-    it; in the way called "any" it depends on the tiles.
+    is_fast: whether its copies are started inside of it, by a predicate: all its tiles are full
+      and, if the plan merges copies, their blocks lie in runs.  Others are started before it.
+      None: all tiles are full, and there is no cycle to spare for a predicate on each block.
     """
     plan, copies = step.plan, step.copies
     ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
-    is_tied, is_fast = way != "general", None
-    keys, values = [], []
-    if is_tied:
-        count = plan.run if way == "runs" else 1
-        keys = copies.listed(slot, copies.keys, groups.third, slot, count)
-        values = copies.listed(slot, copies.values, groups.next, ahead, count)
-    if way == "any":
-        is_fast = copies.work.are_full([*groups.third, *groups.next])
+    count = 1 if is_fast is None else plan.run
+    keys = copies.listed(slot, copies.keys, groups.third, slot, count)
+    values = copies.listed(slot, copies.values, groups.next, ahead, count)
+    if is_fast is not None:
         pl.when(~is_fast)(partial(_start_before, copies, slot, groups))
-    elif not is_tied:
-        _start_before(copies, slot, groups)
     chunks = plan.chunks
     pace = partial(Paced, num_chunks=len(chunks), spread=plan.spread, when=is_fast)
     keys, values = pace(keys), pace(values)
     weigh = SoftmaxStage(step, slot, groups.this)
     fillings = copies.keys.buffers[slot], copies.values.buffers[ahead]
-    fillings = fillings if is_tied else (None, None)
-    are_full = step.masks_later if way == "any" else is_tied
+    are_full = step.masks_later or is_fast is None
     score = ScoreStage(step, ahead, groups.next, are_full=are_full, filling=fillings[0])
     take = ValueStage(step, behind, groups.before, fillings[1])
     for i, (u, first) in enumerate(chunks):
