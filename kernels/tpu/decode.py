@@ -293,7 +293,7 @@ def _begin(step: Step) -> tuple[Any, ...]:
 
 def _turn(step: Step, slot: int, cursors: tuple[Any, ...]) -> None:
     """Waits for what a step needs, and runs it the way its copies allow."""
-    plan, copies, work = step.plan, step.copies, step.copies.work
+    copies, work = step.copies, step.copies.work
     groups = Groups(*(work.items(cursor) for cursor in cursors))
     ahead, behind = (slot + 1) % SETS, (slot + 2) % SETS
     copies.wait_slices(slot)
