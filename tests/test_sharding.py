@@ -13,6 +13,8 @@ from tolerances import tolerance
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def everything(heads):
     """Each variant of attention at once."""
@@ -38,22 +40,30 @@ def assert_same(world, **options):
         assert array.sharding.is_equivalent_to(placed, array.ndim)
 
 
-# A world, and whether it attends with everything at once.
+# Each axis and each product of them: a world, and whether it attends with everything at once.
 WORLDS = {
     "heads shared by chips": (World(tensor=4, heads=8, kind=EXPLICIT), True),
+    "data": (World(data=4, is_packed=False, kind=EXPLICIT), True),
     "context decode": (World(context=4, kv_heads=1, is_packed=False, kind=EXPLICIT), False),
-    "all three": (World(data=2, tensor=2, context=2), False),
+    "data and tensor": (World(data=2, tensor=4, kv_heads=1), False),
     "data and context": (World(data=2, context=4), True),
+    "tensor and context": (World(tensor=4, context=2, heads=8, is_packed=False), True),
+    "all three": (World(data=2, tensor=2, context=2, kv_heads=1, kind=EXPLICIT), False),
 }
 MORE_WORLDS = [
-    World(tensor=8, kv_heads=1, heads=8),
-    World(tensor=4, kv_heads=8, heads=16),
-    World(data=4, kind=EXPLICIT),
-    World(data=2, tensor=4, kv_heads=4, heads=4),
-    World(context=8),
-    World(context=2, kind=EXPLICIT),
-    World(tensor=4, context=2, kv_heads=2, heads=8),
-    World(data=2, tensor=2, context=2, kv_heads=1, kind=EXPLICIT),
+    dataclasses.replace(world, kind=kind)
+    for kind in (AUTO, EXPLICIT)
+    for world in (
+        World(tensor=8, kv_heads=1, heads=8),
+        World(tensor=4, kv_heads=8, heads=16),
+        World(data=4),
+        World(data=2, tensor=4, kv_heads=4, heads=4),
+        World(context=8),
+        World(context=2),
+        World(data=2, context=4),
+        World(tensor=4, context=2, kv_heads=2, heads=8),
+        World(data=2, tensor=2, context=2, kv_heads=1),
+    )
 ]
 
 
