@@ -199,3 +199,22 @@ def test_donated_step_over_a_stack_copies_no_pool_on_h100(num_kv_heads, num_toke
     assert {kernel.kernel for kernel in report.kernels} == {"paged_append"} | attends
     hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
     assert report.compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_blocks", "window"),
+    [(64, 256, None), (128, 512, None), (256, 64, (100, 0)), (1, 8192, None)],
+)
+def test_a_decode_schedule_takes_five_launches(batch, max_blocks, window):
+    """Once per step, for all layers."""
+    pool = jax.ShapeDtypeStruct((1 << 14, 16, 8, 128), jnp.bfloat16)
+    int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    cache = paged_kv.PagedKVCache(pool, pool, int32(batch, max_blocks), int32(batch))
+
+    def make_schedule(cache):
+        return paged_kv.make_schedule(
+            cache, num_query_heads=32, local_window_size=window, implementation="mosaic_gpu"
+        )
+
+    report = compiler.compile_for("H100", jax.jit(make_schedule), cache)
+    assert len(hlo.launches(report.compiled)) <= 5

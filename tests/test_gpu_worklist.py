@@ -12,7 +12,7 @@ from paged_kv.kernels.core import schedule
 from paged_kv.kernels.core.problem import CacheShape
 from paged_kv.kernels.core.variant import Variant
 from paged_kv.kernels.gpu import decode_plan, worklist
-from paged_kv.kernels.gpu.worklist import Share, Stretch
+from paged_kv.kernels.gpu.worklist import Stretch
 
 VARIANTS = [Variant(1.0), Variant(1.0, window=(100, 0))]
 CACHES = [
@@ -47,7 +47,7 @@ def test_every_tile_is_in_one_share(cache, variant):
     for num_ctas in (4, 33):
         for kind in range(4):
             lengths = random_lengths(rng, kind, cache.batch)
-            work = jax.tree.map(np.asarray, lists(cache, variant, num_ctas, lengths))
+            work = lists(cache, variant, num_ctas, lengths)
             tiles, places = walk(work)
             first = lengths - 1 - (variant.left if variant.left is not None else lengths)
             expected = {
@@ -61,7 +61,7 @@ def test_every_tile_is_in_one_share(cache, variant):
             }
             assert sorted(tiles) == sorted(expected)  # none twice
             pieces = {b: sorted(place for who, place in places if who == b) for b in range(24)}
-            for b, (start, count) in enumerate(work.pieces):
+            for b, (start, count) in enumerate(np.asarray(work.pieces)):
                 assert pieces[b] == list(range(start, start + count))
             assert len({place for _, place in places}) == len(places)
 
@@ -69,30 +69,36 @@ def test_every_tile_is_in_one_share(cache, variant):
 def walk(work):
     """(sequence, tile) of every visit, and (sequence, place) of every piece, as the CTAs go."""
     tiles, places, counts = [], [], []
-    for cta, row in enumerate(work.shares.tolist()):
-        share, stretch = Share(*row[:3]), Stretch(*row[3:])
-        position, sequence = share.start, share.sequence
-        while position < share.stop:
-            stop = min(stretch.end, share.stop)
-            part = stretch.part(sequence, position, stop)
-            visited = [int(part.visited(i)) for i in range(int(part.num_visits))]
-            assert len(visited) == stop - position
-            assert 0 <= int(part.num_edges) <= len(visited)
-            tiles += [(sequence, tile) for tile in visited]
-            places.append((sequence, cta + sequence))
-            position, sequence = stop, stretch.next
-            stretch = Stretch(*work.stretches[sequence].tolist())
-        counts.append(share.stop - share.start)
+    for cta, parts in enumerate(work.parts_of_ctas()):
+        for part in parts:
+            assert 0 <= part.num_edges <= part.num_visits > 0
+            tiles += [(part.sequence, part.visited(i)) for i in range(part.num_visits)]
+            places.append((part.sequence, cta + part.sequence))
+        counts.append(sum(part.num_visits for part in parts))
     used = [count for count in counts if count]
     assert not used or max(used) - min(used) <= 1
     return tiles, places
+
+
+def test_a_part_is_whole_where_no_other_cta_has_tiles_of_the_sequence():
+    lengths = np.zeros(24, np.int32)
+    lengths[[3, 5, 9]] = 8 * 3, 8 * 20, 8 * 5  # tokens of so many tiles
+    work = lists(CACHES[0], VARIANTS[0], 4, lengths)
+    pieces = np.asarray(work.pieces)
+    assert pieces[[3, 5, 9], 1].tolist() == [1, 4, 1]
+    shares, stretches = np.asarray(work.shares).tolist(), np.asarray(work.stretches).tolist()
+    for row, parts in zip(shares, work.parts_of_ctas(), strict=True):
+        stretch = Stretch(*row[: worklist.NUM_SHARED])
+        for part in parts:
+            assert bool(stretch.is_whole(part)) == (pieces[part.sequence, 1] == 1)
+            stretch = Stretch(*stretches[stretch.next])
 
 
 def test_small_work_is_not_cut_below_a_tile_for_each_consumer():
     lengths = np.zeros(24, np.int32)
     lengths[5] = 8 * 20  # tokens of 20 tiles
     work = lists(CACHES[0], VARIANTS[0], 132, lengths)
-    counts = np.asarray(work.shares[:, 1] - work.shares[:, 0])
+    counts = np.asarray(work.shares[:, worklist.NUM_SHARED])
     assert sorted(counts[counts > 0]) == [decode_plan.MIN_SHARE] * 10
 
 
@@ -133,5 +139,6 @@ def test_a_step_of_another_kernel_has_no_list():
 
 def test_where_a_condition_fails_there_is_nothing_to_do():
     work = lists(CACHES[0], VARIANTS[0], 4, np.full(24, 9, np.int32))
-    assert int(work.only_if(jnp.bool_(True)).enabled[0]) == 1
-    assert int(work.only_if(jnp.bool_(False)).enabled[0]) == 0
+    np.testing.assert_array_equal(work.only_if(jnp.bool_(True)).rows, work.rows)
+    assert np.asarray(work.rows).any()
+    assert not np.asarray(work.only_if(jnp.bool_(False)).rows).any()

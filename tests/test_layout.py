@@ -20,7 +20,7 @@ tables = st.lists(
 
 locate_tokens = jax.jit(layout.locate_tokens, static_argnums=2)
 locate_slots = jax.jit(layout.locate_slots, static_argnames=("block_size", "num_blocks"))
-entries_are_valid = jax.jit(layout.entries_are_valid, static_argnames=("block_size", "num_blocks"))
+lengths_if_valid = jax.jit(layout.lengths_if_valid, static_argnames=("block_size", "num_blocks"))
 
 
 def int32(values):
@@ -89,17 +89,25 @@ ranges = st.tuples(borders, borders).map(sorted)
 
 
 @given(tables, st.lists(ranges, min_size=BATCH, max_size=BATCH))
-def test_entries_are_valid_when_every_key_of_the_range_lies_in_the_pool(table, ranges):
+def test_lengths_stay_where_every_key_of_the_range_lies_in_the_pool(table, ranges):
     start, stop = int32(ranges).T
-    valid = entries_are_valid(
-        int32(table), start, stop, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS
+    lengths = int32(range(7, 7 + BATCH))
+    actual = lengths_if_valid(
+        int32(table), lengths, start, stop, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS
     )
-    expected = [
+    is_valid = [
         stop <= MAX_BLOCKS * BLOCK_SIZE
         and all(0 <= row[key // BLOCK_SIZE] < NUM_BLOCKS for key in range(start, stop))
         for row, (start, stop) in zip(table, ranges, strict=True)
     ]
-    np.testing.assert_array_equal(valid, expected)
+    np.testing.assert_array_equal(actual, np.where(is_valid, lengths, 0))
+
+
+def test_a_table_without_columns_holds_no_key():
+    sizes = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS}
+    start, stop = int32([0, 0]), int32([0, 1])
+    lengths = lengths_if_valid(jnp.zeros((2, 0), jnp.int32), int32([3, 3]), start, stop, **sizes)
+    np.testing.assert_array_equal(lengths, [3, 0])
 
 
 def test_no_start_locations_stand_for_one_token_each():

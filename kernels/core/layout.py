@@ -65,16 +65,29 @@ def locate_slots(
     return Slots(jnp.where(is_valid, block, num_blocks), position % block_size, is_valid)
 
 
-def entries_are_valid(
-    block_table: Array, start: Array, stop: Array, *, block_size: int, num_blocks: int
+def lengths_if_valid(
+    block_table: Array,
+    seq_lengths: Array,
+    start: Array,
+    stop: Array,
+    *,
+    block_size: int,
+    num_blocks: int,
 ) -> Array:
-    """bool (batch,): every table entry that covers keys [start, stop) names a block of the pool."""
-    index = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :]
-    first, last = start // block_size, (stop - 1) // block_size
-    is_used = (index >= first[:, None]) & (index <= last[:, None]) & (stop > start)[:, None]
-    is_inside = (block_table >= 0) & (block_table < num_blocks)
-    fits = stop <= block_table.shape[1] * block_size
-    return jnp.all(is_inside | ~is_used, axis=1) & fits
+    """`seq_lengths` (batch,), 0 where a table entry that covers keys [start, stop) names no block
+    of the pool.
+
+    One reduction and no quotients, so that a GPU does it in one launch.
+    """
+    if block_table.shape[1] == 0:
+        return jnp.where(stop > start, 0, seq_lengths)
+    first = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :] * block_size
+    start, stop = start[:, None], stop[:, None]
+    is_used = (first + block_size > start) & (first < stop) & (stop > start)
+    # as an unsigned number a negative entry is past every pool too
+    is_outside = jax.lax.bitcast_convert_type(block_table, jnp.uint32) >= num_blocks
+    is_bad = (is_used & is_outside) | (stop > block_table.shape[1] * block_size)
+    return jnp.min(jnp.where(is_bad, 0, seq_lengths[:, None]), axis=1)
 
 
 def as_layers(pool: Array, is_stacked: bool) -> Array:

@@ -66,7 +66,8 @@ class Schedule:
     Attributes:
       seq_lengths: int32 (batch,), tokens to attend over: 0 where a used table entry is outside
         the pool.
-      query_start_loc: int32 (batch + 1,), prefix sums of query tokens.
+      starts: int32 (batch + 1,), prefix sums of query tokens of a packed batch; None: one token per
+        sequence, so that nothing has to be made.
       made_for: the facts it was made for.
       work: what backends made of it besides, by implementation; one that misses its own makes it
         in every call.
@@ -75,9 +76,14 @@ class Schedule:
     """
 
     seq_lengths: Array
-    query_start_loc: Array
+    starts: Array | None
     made_for: MadeFor = field(metadata={"static": True})
     work: Mapping[str, BackendWork] = field(default_factory=dict)
+
+    @property
+    def query_start_loc(self) -> Array:
+        """int32 (batch + 1,), prefix sums of query tokens."""
+        return layout.start_locations(self.starts, self.made_for.batch)
 
     def only_if(self, condition: Array) -> "Schedule":
         """The schedule, or, where a condition is false, one in which no sequence has tokens.
@@ -93,14 +99,12 @@ def make(
     made_for: MadeFor, block_table: Array, seq_lengths: Array, query_start_loc: Array | None
 ) -> Schedule:
     """The schedule of one step."""
-    starts = layout.start_locations(query_start_loc, made_for.batch)
+    counts = 1 if query_start_loc is None else query_start_loc[1:] - query_start_loc[:-1]
     variant = Variant(1.0, made_for.is_causal, made_for.window)
-    first = seq_lengths - (starts[1:] - starts[:-1])
-    used = variant.kv_range(first, seq_lengths - 1, seq_lengths)
-    is_valid = layout.entries_are_valid(
-        block_table, *used, block_size=made_for.block_size, num_blocks=made_for.num_blocks
-    )
-    return Schedule(jnp.where(is_valid, seq_lengths, 0), starts, made_for)
+    used = variant.kv_range(seq_lengths - counts, seq_lengths - 1, seq_lengths)
+    sizes = {"block_size": made_for.block_size, "num_blocks": made_for.num_blocks}
+    lengths = layout.lengths_if_valid(block_table, seq_lengths, *used, **sizes)
+    return Schedule(lengths, query_start_loc, made_for)
 
 
 class QueryTiles(NamedTuple):
@@ -126,23 +130,24 @@ def tile_queries(
     schedule: Schedule, variant: Variant, *, num_tokens: int, tile_tokens: int
 ) -> QueryTiles:
     """The work list of one call, tiles of a sequence in order, unused tiles last."""
-    starts, lengths = schedule.query_start_loc, schedule.seq_lengths
+    lengths = schedule.seq_lengths
     batch = lengths.shape[0]
-    is_packed = schedule.made_for.is_packed
-    num_tiles = num_query_tiles(num_tokens, batch, tile_tokens, is_packed)
-    counts = starts[1:] - starts[:-1]
+    num_tiles = num_query_tiles(num_tokens, batch, tile_tokens, schedule.made_for.is_packed)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    if is_packed:
-        ends = _tile_ends(counts, tile_tokens)
-        sequence = jnp.searchsorted(ends, tile, side="right", method="compare_all")
-        sequence = sequence.astype(jnp.int32)
-        is_used = sequence < batch
-        sequence = jnp.minimum(sequence, batch - 1)
-        before = jnp.where(sequence > 0, ends[sequence - 1], 0)
-        index = (tile - before) * tile_tokens
-        count = jnp.where(is_used, jnp.clip(counts[sequence] - index, 0, tile_tokens), 0)
-    else:
-        sequence, index, count = tile, jnp.zeros_like(tile), jnp.ones_like(tile)
+    if not schedule.made_for.is_packed:
+        last = lengths - 1
+        return QueryTiles(
+            tile, tile, jnp.ones_like(tile), last, lengths, *variant.kv_range(last, last, lengths)
+        )
+    starts = schedule.query_start_loc
+    counts = starts[1:] - starts[:-1]
+    ends = _tile_ends(counts, tile_tokens)
+    sequence = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+    is_used = sequence < batch
+    sequence = jnp.minimum(sequence, batch - 1)
+    before = jnp.where(sequence > 0, ends[sequence - 1], 0)
+    index = (tile - before) * tile_tokens
+    count = jnp.where(is_used, jnp.clip(counts[sequence] - index, 0, tile_tokens), 0)
     length = lengths[sequence]
     first_position = length - counts[sequence] + index
     start, stop = variant.kv_range(first_position, first_position + count - 1, length)

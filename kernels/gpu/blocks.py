@@ -32,7 +32,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..core.problem import Cost
 from ..core.softmax import Rows
-from .plan import Barriers, Buffer, Item, KeyTiles, Union
+from .plan import Barriers, Buffer, Item, KeyTiles, Union, divide, remainder
+
+__all__ = ["divide", "remainder"]
 
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
@@ -250,15 +252,3 @@ def matmul(a: Any, b_ref: Any, acc: Any = None, *, is_transposed: bool, is_simul
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b_ref.shape[1]), jnp.float32))
-
-
-def divide(x: Any, n: int) -> Any:
-    """x // n of non-negative int32."""
-    if n & (n - 1) == 0:
-        return lax.shift_right_logical(x, jnp.full_like(x, n.bit_length() - 1)) if n > 1 else x
-    return lax.div(x, jnp.full_like(x, n))
-
-
-def remainder(x: Any, n: int) -> Any:
-    """x % n of non-negative int32."""
-    return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.full_like(x, n))

@@ -19,6 +19,7 @@ from . import blocks
 from .blocks import divide, pl, plgpu, remainder
 from .decode_plan import DecodePlan, partial_width
 from .plan import MAX_SIMULATED_CTAS, Barriers, Buffer, Union
+from .worklist import NUM_SHARED, Pieces
 
 MANY_PIECES = 8  # per sequence: from here on four warpgroups share a head
 READS, SIMULATED_READS = 8, 2  # pieces read at once
@@ -46,8 +47,7 @@ class Inputs(NamedTuple):
     lse: Any  # float32 (batch, row_groups, rows)
     piece_out: Any  # float32 (places, row_groups, query_rows, partial_width)
     piece_lse: Any  # float32 (places, row_groups, rows)
-    pieces: Any  # int32 (batch, 2)
-    enabled: Any  # int32 (1,)
+    work: Any  # the rows of a WorkList
 
 
 def make_plan(problem: Problem, decode: DecodePlan, *, is_simulated: bool) -> Plan:
@@ -73,7 +73,7 @@ def scratch(plan: Plan, problem: Problem) -> dict[str, Buffer | Union | Barriers
 
 
 def complete(
-    decode: DecodePlan, problem: Problem, outputs: Any, work: Any, *, interpret: Any
+    decode: DecodePlan, problem: Problem, outputs: Any, work: jax.Array, *, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of the main kernel, with the sequences it cut, and those without keys."""
     plan = make_plan(problem, decode, is_simulated=interpret is not None)
@@ -89,7 +89,7 @@ def complete(
         interpret=interpret,
     )
     out, lse = jax.new_ref(outputs.out), jax.new_ref(outputs.lse)
-    call(out, lse, outputs.piece_out, outputs.piece_lse, work.pieces, work.enabled)
+    call(out, lse, outputs.piece_out, outputs.piece_lse, work)
     return jax.freeze(out), jax.freeze(lse)
 
 
@@ -101,7 +101,8 @@ def _body(*refs: Any, plan: Plan, query_rows: int, **smem: Any) -> None:
         item = cta + index * plan.num_ctas
         sequence = divide(item, plan.items_per_sequence)
         first_head = remainder(item, plan.items_per_sequence) * plan.heads_per_cta
-        first, count = (inputs.pieces[sequence, i] * inputs.enabled[0] for i in range(2))
+        columns = range(NUM_SHARED, NUM_SHARED + len(Pieces._fields))
+        first, count = Pieces(*(inputs.work[sequence, i] for i in columns))
 
         @pl.when(count != 1)
         def _():

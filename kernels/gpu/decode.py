@@ -36,7 +36,7 @@ from .decode_plan import (
 )
 from .plan import WARPGROUP_ROWS
 from .tile import Rows, Sharing, Tiles
-from .worklist import Part, Share, Stretch, WorkList
+from .worklist import Part, Share, Stretch
 
 
 class Inputs(NamedTuple):
@@ -46,9 +46,7 @@ class Inputs(NamedTuple):
     keys: Any  # (num_layers * num_blocks, rows_per_block, head_dim)
     values: Any
     table: Any  # int32 (batch, max_blocks_per_seq)
-    stretches: Any  # see WorkList
-    shares: Any
-    enabled: Any
+    work: Any  # the rows of a WorkList
     layer: Any  # int32 (1,)
     slopes: Any  # float32 (row_groups, WARPGROUP_ROWS)
 
@@ -88,13 +86,10 @@ class Cta(NamedTuple):
         return Ring(*(self.smem[f"{name}_{part}"] for part in ("smem", "full", "empty")))
 
     def share(self) -> tuple[Share, Stretch]:
-        """This CTA's, and the stretch of its first sequence."""
-        row, num_fields = lax.axis_index("cta"), len(Share._fields)
-        read = lambda i: self.inputs.shares[row, i]
-        share = Share(*map(read, range(num_fields)))
-        stop = jnp.where(self.inputs.enabled[0] > 0, share.stop, share.start)
-        columns = range(num_fields, num_fields + len(Stretch._fields))
-        return share._replace(stop=stop), Stretch(*map(read, columns))
+        """This CTA's, and the stretch that it begins with."""
+        row, columns = self.problem.cache.batch + lax.axis_index("cta"), range(len(Share._fields))
+        share = Share(*(self.inputs.work[row, worklist.NUM_SHARED + i] for i in columns))
+        return share, self._stretch(row)
 
     def loop(self, visit: Any, carry: Any, *, is_ahead: bool) -> tuple[Any, Any, Any]:
         """`carry = visit(piece, carry)` for each piece: (pieces, tiles, carry).
@@ -105,33 +100,32 @@ class Cta(NamedTuple):
         share, stretch = self.share()
 
         def body(state):
-            index, position, sequence, stretch, carry = state
+            index, steps, sequence, stretch, carry = state
+            part = stretch.part(sequence, share.num_tiles - steps)
+            steps_after = steps + part.num_visits
             read = partial(self._stretch, stretch.next)
-            stop = jnp.minimum(stretch.end, share.stop)
             next_stretch, following = None, None
             if is_ahead:
                 next_stretch = read()
-                next_stop = jnp.minimum(next_stretch.end, share.stop)
-                following = next_stretch.part(stretch.next, stop, next_stop)
+                following = next_stretch.part(stretch.next, share.num_tiles - steps_after)
             piece = Piece(
                 index,
-                stretch.part(sequence, position, stop),
+                part,
                 following,
                 stretch.seq_length,
-                position - share.start,
+                steps,
                 lax.axis_index("cta") + sequence,
-                (position == stretch.begin) & (stop == stretch.end),
+                stretch.is_whole(part),
             )
             carry = visit(piece, carry)
-            return index + 1, stop, stretch.next, next_stretch or read(), carry
+            return index + 1, steps_after, stretch.next, next_stretch or read(), carry
 
-        state = (jnp.int32(0), share.start, share.sequence, stretch, carry)
-        state = lax.while_loop(lambda state: state[1] < share.stop, body, state)
-        return state[0], state[1] - share.start, state[-1]
+        state = (jnp.int32(0), jnp.int32(0), share.sequence, stretch, carry)
+        state = lax.while_loop(lambda state: state[1] < share.num_tiles, body, state)
+        return state[0], state[1], state[-1]
 
-    def _stretch(self, sequence: Any) -> Stretch:
-        columns = range(len(Stretch._fields))
-        return Stretch(*(self.inputs.stretches[sequence, i] for i in columns))
+    def _stretch(self, row: Any) -> Stretch:
+        return Stretch(*(self.inputs.work[row, i] for i in range(worklist.NUM_SHARED)))
 
 
 def attend(
@@ -158,23 +152,20 @@ def attend(
         keys=key_pool.reshape(pool_rows),
         values=value_pool.reshape(pool_rows),
         table=block_table,
-        stretches=work.stretches,
-        shares=work.shares,
-        enabled=work.enabled,
+        work=work.rows,
         layer=layer.reshape(1),
         slopes=_slope_of_rows(plan, heads, alibi_slopes),
     )
-    call = partial(_attend, problem, plan, interpret)
-    out, lse = blocks.run_locally(call, inputs, work)
+    out, lse = blocks.run_locally(partial(_attend, problem, plan, interpret), inputs)
     out = out.reshape(-1, plan.rows, cache.head_dim)[:, :heads]
     return out, lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
 
 
 def _attend(
-    problem: Problem, plan: DecodePlan, interpret: Any, inputs: Inputs, work: WorkList
+    problem: Problem, plan: DecodePlan, interpret: Any, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array]:
     outputs = Outputs(*_main(problem, plan, interpret)(*inputs))
-    return combine.complete(plan, problem, outputs, work, interpret=interpret)
+    return combine.complete(plan, problem, outputs, inputs.work, interpret=interpret)
 
 
 def _slope_of_rows(plan: DecodePlan, heads: int, slopes: jax.Array | None) -> jax.Array:
@@ -265,7 +256,7 @@ def _produce(cta: Cta) -> None:
         return lax.fori_loop(0, part.num_visits, step, ids)
 
     share, stretch = cta.share()
-    first = stretch.part(share.sequence, share.start, jnp.minimum(stretch.end, share.stop))
+    first = stretch.part(share.sequence, share.num_tiles)
     ids = ids_of(first, first.visited(0)) if plan.reads_ahead else ()
     num_pieces, num_tiles, _ = cta.loop(visit, ids, is_ahead=plan.reads_ahead)
     keys.drain(num_tiles)

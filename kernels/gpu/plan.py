@@ -31,6 +31,18 @@ PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = {1: 248, 2: 232}
 
 
+def divide(x: Any, n: int) -> Any:
+    """x // n of non-negative int32."""
+    if n & (n - 1) == 0:
+        return lax.shift_right_logical(x, jnp.full_like(x, n.bit_length() - 1)) if n > 1 else x
+    return lax.div(x, jnp.full_like(x, n))
+
+
+def remainder(x: Any, n: int) -> Any:
+    """x % n of non-negative int32."""
+    return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.full_like(x, n))
+
+
 @dataclass(frozen=True)
 class KeyTiles:
     """How a sequence's (token, head) rows are cut into tiles of `rows`.
@@ -88,18 +100,18 @@ class KeyTiles:
     def whole_before(self, token: Any) -> Any:
         """The number of tiles, from the first, whose rows all belong to tokens before this one."""
         if self.tiles_per_block == 1:
-            return token // (self.blocks_per_tile * self.block_size)
-        within = token % self.block_size * self.num_heads // self.rows
-        return token // self.block_size * self.tiles_per_block + within
+            return divide(token, self.blocks_per_tile * self.block_size)
+        within = divide(remainder(token, self.block_size) * self.num_heads, self.rows)
+        return divide(token, self.block_size) * self.tiles_per_block + within
 
     def covering(self, stop: Any) -> Any:
         """The number of tiles, from the first, that hold every row of the tokens before `stop`."""
         if self.tiles_per_block == 1:
             tokens = self.blocks_per_tile * self.block_size
-            return (stop + (tokens - 1)) // tokens
-        last = stop - 1
-        row = last % self.block_size * self.num_heads + (self.num_heads - 1)
-        tiles = last // self.block_size * self.tiles_per_block + row // self.rows + 1
+            return divide(stop + (tokens - 1), tokens)
+        last = jnp.maximum(stop - 1, 0)
+        row = remainder(last, self.block_size) * self.num_heads + (self.num_heads - 1)
+        tiles = divide(last, self.block_size) * self.tiles_per_block + divide(row, self.rows) + 1
         return jnp.where(stop > 0, tiles, 0)
 
 
@@ -288,8 +300,8 @@ def work_list(tiles: QueryTiles, variant: Variant, keys: KeyTiles) -> Item:
         full_start=full_start,
         full_stop=full_stop,
         tile_stop=tile_stop,
-        block_start=tiles.kv_start // keys.block_size,
-        block_stop=(tiles.kv_stop + (keys.block_size - 1)) // keys.block_size,
+        block_start=divide(tiles.kv_start, keys.block_size),
+        block_stop=divide(tiles.kv_stop + (keys.block_size - 1), keys.block_size),
     )
 
 

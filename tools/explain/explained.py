@@ -93,12 +93,12 @@ def cache_of(case: Case) -> CacheShape:
 
 def schedule_of(case: Case, problem: Problem) -> schedule.Schedule:
     """The schedule of the case's step, its table sound."""
-    starts = case.query_start_loc if problem.is_packed else np.arange(case.batch + 1)
+    starts = jnp.asarray(case.query_start_loc, jnp.int32) if problem.is_packed else None
     made_for = schedule.MadeFor.of(
         problem.cache, problem.num_query_heads, problem.is_packed, problem.variant
     )
     lengths = jnp.asarray(case.seq_lengths, jnp.int32)
-    return schedule.Schedule(lengths, jnp.asarray(starts, jnp.int32), made_for)
+    return schedule.Schedule(lengths, starts, made_for)
 
 
 def tile_visits(

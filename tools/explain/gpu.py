@@ -31,22 +31,14 @@ def explain(case: Case) -> list[Explained]:
 
 def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explained:
     work = worklist.make(cut.line, problem.variant, explained.schedule_of(case, problem))
-    stretches = [worklist.Stretch(*row) for row in np.asarray(work.stretches).tolist()]
-    begins = np.array([stretch.begin for stretch in stretches])
     workers = []
-    for number, (start, stop) in enumerate(np.asarray(work.shares)[:, :2].tolist()):
+    for number, share in enumerate(work.parts_of_ctas()):
         groups = []
-        while start < stop:
-            # the last sequence that begins here or before; of empty ones none is the last
-            sequence = int(np.searchsorted(begins, start, side="right")) - 1
-            while stretches[sequence].end <= start:
-                sequence -= 1
-            stretch = stretches[sequence]
-            end, shift = min(stretch.end, stop), stretch.tile_start - stretch.begin
-            first, last = start + shift, end + shift
-            full_stop = stretch.full_stop if cut.has_maskless_loop else 0
-            groups.append(explained.tile_visits(sequence, first, last, 0, full_stop))
-            start = end
+        for part in share:
+            full_stop = part.full_stop if cut.has_maskless_loop else 0
+            groups.append(
+                explained.tile_visits(part.sequence, part.tile_start, part.tile_stop, 0, full_stop)
+            )
         workers.append(Worker(f"CTA {number}", groups))
     parts = decode_plan.scratch(problem, cut)
     turns = ", its consumers in turn" if cut.turns > 1 else ""
