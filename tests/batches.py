@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import paged_kv
-from tools import batch
+from tools import programs
 from tools.batch import Batch, Options
-from tools.serving import engine
 
 # One shape for the tests that compile: 2 prompts, rows of 8 blocks, steps of 16 tokens and of one.
 SHAPE = Options(max_tokens=12, block_size=4, num_blocks=13)
@@ -54,8 +53,7 @@ def stand_in_programs(monkeypatch):
         compiled[key] = jax.tree.unflatten(structure, shapes)
         return step
 
-    for module in (batch, engine):
-        monkeypatch.setattr(module, "compile_step", compile_step)
+    monkeypatch.setattr(programs, "compile_step", compile_step)
     return compiled
 
 

@@ -41,6 +41,32 @@ def quick_compiles():
     jax.config.update(name, before)
 
 
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory):
+    """The file of a small Llama model."""
+    from tiny_gguf import write_tiny_gguf  # few tests need it, and it takes a second to import
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path):
+    """The small Llama model."""
+    from tools import gguf_model
+
+    return gguf_model.read_model(tiny_path)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Steps that stand in for compiled ones, as `stand_in_programs` has them."""
+    from batches import stand_in_programs
+
+    return stand_in_programs(monkeypatch)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what no compiler or device here can run."""
     platform = jax.default_backend()

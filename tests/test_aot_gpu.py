@@ -6,9 +6,9 @@ import itertools
 import hlo
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import steps
+from pairwise import pairwise_rows
 
 import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
@@ -32,22 +32,7 @@ AXES = {
     "variant": (Variant(1.0), Variant(1.0, is_causal=False, window=(7, 5)), ALL_AT_ONCE),
     "tokens": (None, 24, 512),  # packed tokens; None is one per sequence
 }
-NUM_PAIRWISE = 18
-
-
-def pairs(row):
-    return set(itertools.combinations(enumerate(row), 2))
-
-
-def pairwise_rows():
-    """`NUM_PAIRWISE` rows in which as many pairs of values meet as a greedy search finds."""
-    rng = np.random.default_rng(0)
-    draw = lambda: tuple(values[rng.integers(len(values))] for values in AXES.values())
-    rows, seen = [], set()
-    for _ in range(NUM_PAIRWISE):
-        rows.append(max((draw() for _ in range(300)), key=lambda row: len(pairs(row) - seen)))
-        seen |= pairs(rows[-1])
-    return rows
+PAIRWISE = pairwise_rows(AXES, 18)
 
 
 def problem_of(row):
@@ -127,7 +112,7 @@ def smem_bytes_of(problem):
 IDS = lambda row: "-".join(str(value) for value in row[:4]).replace(" ", "") + f"-{row[5]}"
 
 
-@pytest.mark.parametrize("row", pairwise_rows(), ids=IDS)
+@pytest.mark.parametrize("row", PAIRWISE, ids=IDS)
 def test_attention_compiles(row):
     assert_compiles(row)
 
@@ -140,7 +125,7 @@ def test_attention_compiles_in_every_combination(row):
 
 @pytest.mark.parametrize(
     "row",
-    [next(r for r in pairwise_rows() if (r[5] is None) == is_decode) for is_decode in (0, 1)],
+    [next(r for r in PAIRWISE if (r[5] is None) == is_decode) for is_decode in (0, 1)],
     ids=["ragged", "decode"],
 )
 def test_the_plan_weighs_shared_memory_as_the_compiler_does(row):

@@ -5,9 +5,9 @@ import itertools
 
 import aot_tpu
 import hlo
-import numpy as np
 import pytest
 import steps
+from pairwise import pairwise_rows
 
 pytestmark = pytest.mark.aot
 
@@ -27,22 +27,7 @@ AXES = {
     "variant": tuple(VARIANTS),
     "step": ((None, 8), (384, 4), (24, 8)),  # packed tokens, sequences
 }
-NUM_PAIRWISE = 18
-
-
-def pairs(row):
-    return set(itertools.combinations(enumerate(row), 2))
-
-
-def pairwise_rows():
-    """`NUM_PAIRWISE` rows in which as many pairs of values meet as a greedy search finds."""
-    rng = np.random.default_rng(0)
-    draw = lambda: tuple(values[rng.integers(len(values))] for values in AXES.values())
-    rows, seen = [], set()
-    for _ in range(NUM_PAIRWISE):
-        rows.append(max((draw() for _ in range(300)), key=lambda row: len(pairs(row) - seen)))
-        seen |= pairs(rows[-1])
-    return rows
+PAIRWISE = pairwise_rows(AXES, 18)
 
 
 def case_of(row):
@@ -73,7 +58,7 @@ def assert_compiles(row):
 IDS = lambda row: "-".join(str(value) for value in row).replace(" ", "")
 
 
-@pytest.mark.parametrize("row", pairwise_rows(), ids=IDS)
+@pytest.mark.parametrize("row", PAIRWISE, ids=IDS)
 def test_kernels_compile(row):
     assert_compiles(row)
 

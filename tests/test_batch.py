@@ -2,18 +2,10 @@
 
 import numpy as np
 import pytest
-from batches import (
-    SHAPE,
-    generated,
-    needs_jax,
-    options,
-    random_prompts,
-    run_batch,
-    stand_in_programs,
-)
+from batches import SHAPE, generated, needs_jax, options, random_prompts, run_batch
 from default_model import default_model
 from dense_llama import DenseLlama
-from tiny_gguf import CONTEXT, write_tiny_gguf
+from tiny_gguf import CONTEXT
 
 import paged_kv
 from tools import batch, gguf_model
@@ -24,23 +16,6 @@ QUESTIONS = [
     "Name three colours.",
     "Write one sentence about the sea, and one about the mountains in winter.",
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path):
-    return gguf_model.read_model(tiny_path)
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    return stand_in_programs(monkeypatch)
 
 
 def test_real_prompts_give_together_what_each_gives_with_a_dense_cache_and_one_gives_alone():

@@ -8,34 +8,17 @@ import sys
 
 import jax
 import pytest
-from batches import SHAPE, generated, stand_in_programs
+from batches import SHAPE, generated
 from default_model import default_model
 from tiny_gguf import CONTEXT, write_tiny_gguf
 
-from tools import generate, gguf_model
+from tools import generate
 from tools.batch import Batch, Options
 
 SUMMARY = re.compile(
     r"prompt: (\d+) tokens, [\d.]+ tokens/s \| decode: (\d+) tokens(?:, [\d.]+ tokens/s)? \| "
     r"blocks of (\d+) tokens: (\d+) used, peak (\d+) of (\d+)"
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_path):
-    return gguf_model.read_model(tiny_path)
-
-
-@pytest.fixture
-def programs(monkeypatch):
-    return stand_in_programs(monkeypatch)
 
 
 def run_main(capsys, *arguments):

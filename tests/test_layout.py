@@ -51,17 +51,17 @@ def test_padding_tokens_have_no_position_and_a_safe_sequence(query_lengths, seq_
     assert ((np.asarray(tokens.sequence) >= 0) & (np.asarray(tokens.sequence) < BATCH)).all()
 
 
+def slots_of(table, starts, seq_lengths):
+    """Where the tokens of a step go."""
+    tokens = locate_tokens(starts, int32(seq_lengths), NUM_TOKENS)
+    sizes = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS}
+    return locate_slots(int32(table), tokens.sequence, tokens.position, **sizes)
+
+
 @given(tables, counts, lengths)
 def test_slots_are_those_of_the_oracle(table, query_lengths, seq_lengths):
     starts = starts_of(query_lengths)
-    tokens = locate_tokens(starts, int32(seq_lengths), NUM_TOKENS)
-    slots = locate_slots(
-        int32(table),
-        tokens.sequence,
-        tokens.position,
-        block_size=BLOCK_SIZE,
-        num_blocks=NUM_BLOCKS,
-    )
+    slots = slots_of(table, starts, seq_lengths)
     expected = oracle.slots(
         int32(table), int32(seq_lengths), BLOCK_SIZE, NUM_BLOCKS, starts, NUM_TOKENS
     )
@@ -73,14 +73,7 @@ def test_slots_are_those_of_the_oracle(table, query_lengths, seq_lengths):
 @given(tables, counts, lengths)
 def test_an_invalid_slot_lies_past_the_pool(table, query_lengths, seq_lengths):
     """So that a write there can be dropped; as an index, -1 would be the last block."""
-    tokens = locate_tokens(starts_of(query_lengths), int32(seq_lengths), NUM_TOKENS)
-    slots = locate_slots(
-        int32(table),
-        tokens.sequence,
-        tokens.position,
-        block_size=BLOCK_SIZE,
-        num_blocks=NUM_BLOCKS,
-    )
+    slots = slots_of(table, starts_of(query_lengths), seq_lengths)
     assert (np.asarray(slots.block)[~np.asarray(slots.is_valid)] == NUM_BLOCKS).all()
 
 

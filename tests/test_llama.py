@@ -9,21 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_llama import DenseLlama
-from tiny_gguf import write_tiny_gguf
 from tolerances import tolerance
 
 import paged_kv
-from tools import batch, gguf_model, llama
+from tools import llama, programs
 
 BLOCK_SIZE = 8
 MAX_BLOCKS = 6
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return gguf_model.read_model(path)
 
 
 def empty_cache(config, batch_size, num_blocks=None):
@@ -119,7 +111,7 @@ def test_a_step_of_the_program_updates_the_pools_in_place(tiny, is_decode):
     arguments = (tiny.weights, cache, tokens, counts, None if is_decode else starts, None)
     leaves, structure = jax.tree.flatten(arguments)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    program = batch.compile_step(tiny.config, None, None, structure, shapes)
+    program = programs.compile_step(tiny.config, None, None, structure, shapes)
     pool = cache.key_pool
     hlo.assert_updated_in_place(program, pool.size // pool.shape[0])
 

@@ -5,10 +5,9 @@ import pytest
 from batches import stand_in_programs
 from default_model import default_model
 from dense_llama import DenseLlama
-from tiny_gguf import write_tiny_gguf
 
 import paged_kv
-from tools import gguf_model, serve_bench
+from tools import serve_bench
 from tools.serving import workload
 from tools.serving.engine import Engine, Options
 from tools.serving.request import Arrival, Request, RequestError
@@ -24,13 +23,6 @@ OPTIONS = {
     "token_buckets": (16,),
     "is_clock_wall": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny_gguf(path)
-    return gguf_model.read_model(path)
 
 
 def shared_prompts(num_prompts, tail=12, seed=0):

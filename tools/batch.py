@@ -5,17 +5,16 @@ per bucket of prompt tokens, so that a run compiles a bounded number of programs
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import paged_kv
 from paged_kv.ops import Implementation
 from tools import llama
+from tools.programs import Programs
 
 # Prompt tokens of one step, padded up to the next of these
 PROMPT_BUCKETS = (16, 32, 64, 128, 256)
@@ -95,8 +94,8 @@ class Batch:
         is_greedy = options.temperature == 0
         draw = llama.Draw(np.uint32(options.seed), np.float32(options.temperature))
         self._draw = None if is_greedy else draw
-        self._config, self._weights, self._options = config, weights, options
-        self._stop_tokens, self._progress, self._programs = stop_tokens, progress, {}
+        self._weights, self._stop_tokens = weights, stop_tokens
+        self._programs = Programs(config, options.implementation, options.interpret, progress)
         # the last token generated is never cached
         needs = [-(-(s.max_length - 1) // options.block_size) for s in self.sequences]
         self.blocks_needed = sum(needs)
@@ -170,19 +169,10 @@ class Batch:
     def _arguments(self, tokens, counts, query_start_loc):
         return (self._weights, self._cache, tokens, counts, query_start_loc, self._draw)
 
-    def _program(self, tokens, counts, query_start_loc):
-        """The compiled step for arguments of these shapes."""
-        kind = "decode" if query_start_loc is None else "prompt"
-        name = f"a {kind} step of {len(tokens)} tokens"
-        if name not in self._programs:
-            arguments = self._arguments(tokens, counts, query_start_loc)
-            leaves, structure = jax.tree.flatten(arguments)
-            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-            kernels = (self._options.implementation, self._options.interpret)
-            start = time.perf_counter()
-            self._programs[name] = compile_step(self._config, *kernels, structure, shapes)
-            self._progress(f"compiled {name} in {time.perf_counter() - start:.1f} s")
-        return self._programs[name]
+    def _program(self, *inputs):
+        """The compiled step for inputs of these shapes."""
+        kind = "decode" if inputs[-1] is None else "prompt"
+        return self._programs.of(kind, self._arguments(*inputs))
 
     def _grow(self, counts):
         """Hands out the blocks that `counts` more tokens of every sequence need."""
@@ -212,20 +202,6 @@ class Batch:
             ended = np.arange(len(self.sequences)) == row
             self._cache = paged_kv.reset_sequences(self._cache, jnp.asarray(ended))
             yield row, None
-
-
-@functools.cache
-def compile_step(config: llama.LlamaConfig, implementation, interpret, structure, shapes):
-    """The program of a step with arguments of these shapes; the cache is donated to it."""
-    kernels = {"implementation": implementation, "interpret": interpret}
-
-    def step(weights, cache, tokens, counts, query_start_loc, draw):
-        arguments = (weights, cache, tokens, counts, query_start_loc)
-        logits, cache = llama.forward(config, *arguments, **kernels)
-        return llama.sample(logits, cache.seq_lengths, draw), cache
-
-    arguments = jax.tree.unflatten(structure, shapes)
-    return jax.jit(step, donate_argnums=1).lower(*arguments).compile()
 
 
 def _new_sequence(number, prompt, config, options):

@@ -1,5 +1,6 @@
 """What the examples share: random weights, prompts as padded rows, and blocks for them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,22 @@ def padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, counts
+
+
+def compare(
+    dense_cache: str,
+    vocab: int,
+    *,
+    write_dense: Callable[[list[int]], list[int]],
+    write_paged: Callable[[list[list[int]]], list[list[int]]],
+) -> None:
+    """Prints what is written after random prompts, and whether a dense cache gives the same."""
+    prompts = random_prompts(vocab, [3, 9, 1, 17])
+    dense = [write_dense(prompt) for prompt in prompts]
+    paged = write_paged(prompts)
+    for prompt, tokens in zip(prompts, paged, strict=True):
+        print(f"{prompt} -> {tokens}")
+    print(f"{dense_cache} writes the same: {paged == dense}")
 
 
 def cache_for(

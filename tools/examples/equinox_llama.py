@@ -159,12 +159,12 @@ def write_paged(model, prompts: list[list[int]], num_tokens: int) -> list[list[i
 
 def main(num_tokens: int = 12) -> None:
     model, state = random_model()
-    prompts = batch.random_prompts(VOCAB, [3, 9, 1, 17])
-    dense = [write_dense(model, state, prompt, num_tokens) for prompt in prompts]
-    paged = write_paged(model, prompts, num_tokens)
-    for prompt, tokens in zip(prompts, paged, strict=True):
-        print(f"{prompt} -> {tokens}")
-    print(f"a dense cache in Equinox writes the same: {paged == dense}")
+    batch.compare(
+        "a dense cache in Equinox",
+        VOCAB,
+        write_dense=lambda prompt: write_dense(model, state, prompt, num_tokens),
+        write_paged=lambda prompts: write_paged(model, prompts, num_tokens),
+    )
 
 
 if __name__ == "__main__":

@@ -102,12 +102,12 @@ def write_paged(params, prompts: list[list[int]], num_tokens: int) -> list[list[
 
 def main(num_tokens: int = 12) -> None:
     params = random_params()
-    prompts = batch.random_prompts(VOCAB, [3, 9, 1, 17])
-    dense = [write_dense(params, prompt, num_tokens) for prompt in prompts]
-    paged = write_paged(params, prompts, num_tokens)
-    for prompt, tokens in zip(prompts, paged, strict=True):
-        print(f"{prompt} -> {tokens}")
-    print(f"the dense cache of Linen writes the same: {paged == dense}")
+    batch.compare(
+        "the dense cache of Linen",
+        VOCAB,
+        write_dense=lambda prompt: write_dense(params, prompt, num_tokens),
+        write_paged=lambda prompts: write_paged(params, prompts, num_tokens),
+    )
 
 
 if __name__ == "__main__":

@@ -169,12 +169,12 @@ def write_paged(model: Gemma, prompts: list[list[int]], num_tokens: int) -> list
 
 def main(num_tokens: int = 12) -> None:
     model = random_model()
-    prompts = batch.random_prompts(VOCAB, [3, 9, 1, 17])
-    dense = [write_dense(model, prompt, num_tokens) for prompt in prompts]
-    paged = write_paged(model, prompts, num_tokens)
-    for prompt, tokens in zip(prompts, paged, strict=True):
-        print(f"{prompt} -> {tokens}")
-    print(f"a dense cache in Flax writes the same: {paged == dense}")
+    batch.compare(
+        "a dense cache in Flax",
+        VOCAB,
+        write_dense=lambda prompt: write_dense(model, prompt, num_tokens),
+        write_paged=lambda prompts: write_paged(model, prompts, num_tokens),
+    )
 
 
 if __name__ == "__main__":

@@ -104,12 +104,12 @@ def write_paged(model: GPT, prompts: list[list[int]], num_tokens: int) -> list[l
 
 
 def main(num_tokens: int = 12) -> None:
-    prompts = batch.random_prompts(VOCAB, [3, 9, 1, 17])
-    dense = [write_dense(random_model(), prompt, num_tokens) for prompt in prompts]
-    paged = write_paged(random_model(), prompts, num_tokens)
-    for prompt, tokens in zip(prompts, paged, strict=True):
-        print(f"{prompt} -> {tokens}")
-    print(f"the dense cache of Flax writes the same: {paged == dense}")
+    batch.compare(
+        "the dense cache of Flax",
+        VOCAB,
+        write_dense=lambda prompt: write_dense(random_model(), prompt, num_tokens),
+        write_paged=lambda prompts: write_paged(random_model(), prompts, num_tokens),
+    )
 
 
 if __name__ == "__main__":

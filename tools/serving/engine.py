@@ -18,8 +18,8 @@ import numpy as np
 
 import paged_kv
 from paged_kv.ops import Implementation
-from tools.batch import compile_step
 from tools.llama import LlamaConfig, LlamaWeights
+from tools.programs import Programs
 from tools.serving.metrics import Record, StepRecord
 from tools.serving.request import Arrival, Request, RequestError
 from tools.serving.scheduler import Preemption, Scheduler, Step
@@ -72,8 +72,8 @@ class Engine:
             preemption=options.preemption,
         )
         self.now, self.record = 0.0, Record(options.num_blocks)
-        self._config, self._weights, self._options = config, weights, options
-        self._stop_tokens, self._progress, self.programs = stop_tokens, progress, {}
+        self._weights, self._stop_tokens, self._options = weights, stop_tokens, options
+        self.programs = Programs(config, options.implementation, options.interpret, progress)
         self._width = -(-options.max_length // options.block_size)
         self._cache = paged_kv.init_paged_kv_cache(
             num_blocks=options.num_blocks,
@@ -126,7 +126,8 @@ class Engine:
         """Computes the next step, and gives every request that it completes its next token."""
         step = self.scheduler.next_step()
         inputs = self._inputs(step)
-        program = self._program(inputs)
+        kind = "decode" if inputs.query_start_loc is None else "mixed"
+        program = self.programs.of(kind, self._arguments(inputs))
         start = time.perf_counter()
         self._swap(step)
         sampled = self._compute(program, inputs)
@@ -183,19 +184,6 @@ class Engine:
         pools = {"key_pool": cache.key_pool, "value_pool": cache.value_pool}
         self._cache = dataclasses.replace(self._cache, **pools)
         return np.asarray(sampled)
-
-    def _program(self, inputs: Inputs) -> Callable:
-        """The compiled step for inputs of these shapes."""
-        kind = "decode" if inputs.query_start_loc is None else "mixed"
-        name = f"a {kind} step of {len(inputs.tokens)} tokens"
-        if name not in self.programs:
-            leaves, structure = jax.tree.flatten(self._arguments(inputs))
-            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-            kernels = (self._options.implementation, self._options.interpret)
-            start = time.perf_counter()
-            self.programs[name] = compile_step(self._config, *kernels, structure, shapes)
-            self._progress(f"compiled {name} in {time.perf_counter() - start:.1f} s")
-        return self.programs[name]
 
     def _swap(self, step: Step) -> None:
         """Copies blocks to the host before others write to them, and back."""
