@@ -142,7 +142,7 @@ def units(subject: Subject, known: Known) -> Iterator[str]:
 
 def results(subject: Subject) -> Iterator[str]:
     """A section of its own where there are several, or where the annotation says little."""
-    is_due = is_open(subject.returns) or typing.get_origin(subject.returns) is tuple
+    is_due = subject.returns is Any or typing.get_origin(subject.returns) is tuple
     if is_due and "Returns" not in subject.sections:
         yield "no Returns"
 
