@@ -13,21 +13,19 @@ No op moves a pool.  The cache stays one `PagedKVCache` of global arrays: `advan
 `set_block_table` and `reset_sequences` take it as it is.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
-from . import context as contexts
-from . import ops, validate, validate_sharding
-from .cache import PackedKVCache, PagedKVCache, init_paged_kv_cache
-from .kernels.core import merge
+from . import device_part, validate, validate_sharding
+from .cache import PagedKVCache, init_paged_kv_cache
+from .device_part import Arrays, Options
+from .ops import Implementation
 from .validate_sharding import Axis, Placement
 
 
@@ -109,7 +107,8 @@ def sharded_append_tokens(
     context: Axis = None,
     query_start_loc: Int32[Array, "*ranks starts"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
-    **named: Any,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
 ) -> PagedKVCache:
     """`append_tokens` on every device, each to the blocks it holds; donate the cache.
 
@@ -123,7 +122,7 @@ def sharded_append_tokens(
       query_start_loc: int32 (batch + 1,), or with `data` (data ranks, batch of a rank + 1), each
         rank's own from 0; None means one token per sequence.
       layer: which layer of a stacked cache, an int or a traced int32.
-      **named: `implementation` and `interpret`, as in `append_tokens`.
+      implementation, interpret: as in `append_tokens`.
 
     Raises:
       ValueError: an axis is not of the mesh or named twice, a size is not a multiple of its ranks,
@@ -131,8 +130,9 @@ def sharded_append_tokens(
       NotImplementedError: as `append_tokens`.
     """
     place = Placement.of(mesh, data, tensor, context)
-    arrays = _Arrays(cache, None, keys, values, query_start_loc, layer, None, None)
-    return _call("append", place, arrays, named)
+    arrays = Arrays(cache, None, keys, values, query_start_loc, layer, None, None)
+    options = Options(implementation=implementation, interpret=interpret)
+    return _call("append", place, arrays, options)
 
 
 def sharded_paged_attention(
@@ -145,9 +145,15 @@ def sharded_paged_attention(
     context: Axis = None,
     query_start_loc: Int32[Array, "*ranks starts"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
     sinks: Float[Array, "num_query_heads"] | None = None,
     alibi_slopes: Float[Array, "num_query_heads"] | None = None,
-    **attention: Any,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
 ) -> Any:
     """`paged_attention` on every device, over the blocks it holds.
 
@@ -160,9 +166,10 @@ def sharded_paged_attention(
       query_start_loc: int32 (batch + 1,), or with `data` (data ranks, batch of a rank + 1), each
         rank's own from 0; None means one token per sequence.
       layer: which layer of a stacked cache, an int or a traced int32.
+      scale, is_causal, local_window_size, logits_soft_cap: as in `paged_attention`.
       sinks, alibi_slopes: (num_query_heads,), of all heads; sinks are applied once, after the
         merge.
-      **attention: every other keyword of `paged_attention` but `schedule`, which each device makes.
+      return_residual, implementation, interpret: as in `paged_attention`.
 
     Returns:
       What `paged_attention` returns, with tokens over `data` and heads over `tensor`.
@@ -182,8 +189,10 @@ def sharded_paged_attention(
     parallelism (Bhatia et al., 2025).
     """
     place = Placement.of(mesh, data, tensor, context)
-    arrays = _Arrays(cache, query, None, None, query_start_loc, layer, sinks, alibi_slopes)
-    return _call("attend", place, arrays, attention)
+    arrays = Arrays(cache, query, None, None, query_start_loc, layer, sinks, alibi_slopes)
+    scoring = (scale, is_causal, local_window_size, logits_soft_cap)
+    options = Options(*scoring, return_residual, implementation, interpret)
+    return _call("attend", place, arrays, options)
 
 
 def sharded_append_and_attend(
@@ -198,17 +207,24 @@ def sharded_append_and_attend(
     context: Axis = None,
     query_start_loc: Int32[Array, "*ranks starts"] | None = None,
     layer: int | Int32[Array, ""] | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
     sinks: Float[Array, "num_query_heads"] | None = None,
     alibi_slopes: Float[Array, "num_query_heads"] | None = None,
-    **attention: Any,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+    interpret: Any = None,
 ) -> tuple[Any, PagedKVCache]:
     """`sharded_append_tokens`, then `sharded_paged_attention` over the result; donate the cache.
 
     Args:
       mesh, cache, keys, values: as in `sharded_append_tokens`.
       data, tensor, context, query_start_loc, layer: as in `sharded_append_tokens`.
-      query, sinks, alibi_slopes: as in `sharded_paged_attention`.
-      **attention: as in `sharded_paged_attention`.
+      query, scale, is_causal, local_window_size, logits_soft_cap, sinks, alibi_slopes: as in
+        `sharded_paged_attention`.
+      return_residual, implementation, interpret: as in `sharded_paged_attention`.
 
     Returns:
       What `sharded_paged_attention` returns, and the cache with the new tokens.
@@ -218,24 +234,13 @@ def sharded_append_and_attend(
       NotImplementedError: as both.
     """
     place = Placement.of(mesh, data, tensor, context)
-    arrays = _Arrays(cache, query, keys, values, query_start_loc, layer, sinks, alibi_slopes)
-    return _call("append_and_attend", place, arrays, attention)
+    arrays = Arrays(cache, query, keys, values, query_start_loc, layer, sinks, alibi_slopes)
+    scoring = (scale, is_causal, local_window_size, logits_soft_cap)
+    options = Options(*scoring, return_residual, implementation, interpret)
+    return _call("append_and_attend", place, arrays, options)
 
 
-class _Arrays(NamedTuple):
-    """Every array of a call, or the `PartitionSpec` of each; None where there is none."""
-
-    cache: Any
-    query: Any
-    keys: Any
-    values: Any
-    starts: Any
-    layer: Any
-    sinks: Any
-    slopes: Any
-
-
-def _call(op: str, place: Placement, arrays: _Arrays, options: dict[str, Any]) -> Any:
+def _call(op: str, place: Placement, arrays: Arrays, options: Options) -> Any:
     """Checks a call, and runs it in one `shard_map`."""
     validate_sharding.call(place, arrays, options)
     cache = arrays.cache
@@ -243,35 +248,34 @@ def _call(op: str, place: Placement, arrays: _Arrays, options: dict[str, Any]) -
     arrays = arrays._replace(layer=None if cache.num_layers is None else layer)
     specs = _specs(place, arrays)
     validate_sharding.pools_in_place(place, cache, specs.cache.key_pool)
-    window = options.get("local_window_size")
-    if isinstance(window, list):
-        options = {**options, "local_window_size": tuple(window)}
+    if isinstance(window := options.local_window_size, list):
+        options = options._replace(local_window_size=tuple(window))
     with jax.named_scope("paged_kv.sharded"):
-        return _run(op, place, tuple(sorted(options.items())), arrays)
+        return _run(op, place, options, arrays)
 
 
-def _specs(place: Placement, arrays: _Arrays) -> _Arrays:
+def _specs(place: Placement, arrays: Arrays) -> Arrays:
     """How each array is cut."""
     data, tensor, context = place.data, place.tensor, place.context
     cache = cache_partition_specs(arrays.cache, data=data, tensor=tensor, context=context)
     is_whole = arrays.keys is None or arrays.keys.shape[1] == arrays.cache.num_kv_heads
     new = P(data, tensor if is_whole else None, None)
     starts = P() if data is None else P(data, None)
-    return _Arrays(cache, P(data, tensor, None), new, new, starts, P(), P(tensor), P(tensor))
+    return Arrays(cache, P(data, tensor, None), new, new, starts, P(), P(tensor), P(tensor))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(op: str, place: Placement, options: tuple, arrays: _Arrays) -> Any:
+def _run(op: str, place: Placement, options: Options, arrays: Arrays) -> Any:
     specs = _specs(place, arrays)
     present = lambda array, spec: None if array is None else spec
-    specs = _Arrays(*map(present, arrays, specs))
+    specs = Arrays(*map(present, arrays, specs))
     arrays = jax.tree.map(partial(_placed, place), arrays, specs)
     rows = specs.query
-    result = (rows, P(*rows[:2])) if dict(options).get("return_residual") else rows
+    result = (rows, P(*rows[:2])) if options.return_residual else rows
     out_specs: dict[str, Any] = {"append": specs.cache, "attend": result}
     out_specs["append_and_attend"] = (result, specs.cache)
     return jax.shard_map(
-        partial(_LOCAL[op], place, dict(options)),
+        partial(device_part.OPS[op], place, options),
         mesh=place.mesh,
         in_specs=(specs,),
         out_specs=out_specs[op],
@@ -284,87 +288,6 @@ def _placed(place: Placement, array: Array, spec: P) -> Array:
     if explicit is None or jax.typeof(array).sharding.spec == explicit:
         return array
     return jax.sharding.reshard(array, NamedSharding(place.mesh, explicit))
-
-
-# ---- on one device -------------------------------------------------------------------------------
-
-
-def _append(place: Placement, options: dict[str, Any], a: _Arrays) -> PagedKVCache:
-    cache, starts = _local_cache(place, a.cache), _local_starts(a)
-    names = ("implementation", "interpret")
-    same = {"layer": a.layer} | {name: options.get(name) for name in names}
-    keys, values = (_own_heads(place, cache, x) for x in (a.keys, a.values))
-    if place.context is None:
-        after = ops.append_tokens(cache, keys, values, query_start_loc=starts, **same)
-    else:
-        after = contexts.append(_ranks(place, cache), cache, keys, values, starts, **same)
-    return _global_form(a.cache, after)
-
-
-def _attend(place: Placement, options: dict[str, Any], a: _Arrays) -> Any:
-    cache, starts = _local_cache(place, a.cache), _local_starts(a)
-    if place.context is None:
-        heads = {"sinks": a.sinks, "alibi_slopes": a.slopes}
-        same = {"query_start_loc": starts, "layer": a.layer}
-        return ops.paged_attention(a.query, cache, **same, **heads, **options)
-    names = ("scale", "local_window_size", "logits_soft_cap", "implementation", "interpret")
-    scale, window, cap, *named = (options.get(name) for name in names)
-    flags = (scale, options.get("is_causal", True), window, cap)
-    variant = validate.variant(cache.head_dim, *flags, a.slopes is not None)
-    same = dict(zip(names[3:], named, strict=True))
-    call = partial(contexts.attend, _ranks(place, cache), a.query, cache, starts, a.layer)
-    out, lse = call(variant, a.slopes, **same)
-    if a.sinks is not None:
-        out = merge.apply_sinks(out, lse, a.sinks)
-    return (out, lse) if options.get("return_residual") else out
-
-
-def _append_and_attend(place: Placement, options: dict[str, Any], a: _Arrays) -> Any:
-    if place.context is not None:
-        cache = _append(place, options, a)
-        return _attend(place, options, a._replace(cache=cache)), cache
-    cache, starts = _local_cache(place, a.cache), _local_starts(a)
-    keys, values = (_own_heads(place, cache, x) for x in (a.keys, a.values))
-    heads = {"sinks": a.sinks, "alibi_slopes": a.slopes}
-    same = {"query_start_loc": starts, "layer": a.layer}
-    call = partial(ops.append_and_attend, a.query, keys, values, cache)
-    result, after = call(**same, **heads, **options)
-    return result, _global_form(a.cache, after)
-
-
-_LOCAL: dict[str, Callable] = {
-    "append": _append,
-    "attend": _attend,
-    "append_and_attend": _append_and_attend,
-}
-
-
-def _ranks(place: Placement, cache: PagedKVCache) -> contexts.Ranks:
-    return contexts.Ranks(place.context, place.ranks(place.context), cache.block_size)
-
-
-def _local_cache(place: Placement, cache: PagedKVCache) -> PagedKVCache:
-    """The cache of one device; the form of a packed one counts all heads."""
-    if not isinstance(cache, PackedKVCache):
-        return cache
-    heads, head_dim = cache.token_shape
-    return replace(cache, token_shape=(heads // place.ranks(place.tensor), head_dim))
-
-
-def _global_form(cache: PagedKVCache, after: PagedKVCache) -> PagedKVCache:
-    return replace(cache, key_pool=after.key_pool, value_pool=after.value_pool)
-
-
-def _local_starts(a: _Arrays) -> Array | None:
-    return None if a.starts is None else a.starts.reshape(-1)
-
-
-def _own_heads(place: Placement, cache: PagedKVCache, new: Array) -> Array:
-    """The heads of new tokens that this device holds; given all where chips share heads."""
-    if new.shape[1] == cache.num_kv_heads:
-        return new
-    chips = place.ranks(place.tensor) // new.shape[1]  # that hold a head
-    return lax.dynamic_slice_in_dim(new, lax.axis_index(place.tensor) // chips, 1, axis=1)
 
 
 def _together(*axes: Axis) -> tuple[str, ...] | None:

@@ -1,6 +1,6 @@
 """Checks of calls over a mesh: axes, and sizes against the ranks that share them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from . import validate, validate_values
 
 if TYPE_CHECKING:
     from .cache import PagedKVCache
+    from .device_part import Arrays, Options
 
 Axis = str | tuple[str, ...] | None
 
@@ -89,12 +90,10 @@ def cache(place: Placement, cache: "PagedKVCache") -> None:
     _multiple("num_kv_heads of the cache", cache.num_kv_heads, place, "tensor")
 
 
-def call(place: Placement, arrays: Any, options: Mapping[str, Any]) -> None:
+def call(place: Placement, arrays: "Arrays", options: "Options") -> None:
     """What is known before a call is shared out; each device checks its own part again."""
     cache(place, arrays.cache)
     kv_heads, tokens = arrays.cache.num_kv_heads, None
-    if "schedule" in options:
-        raise ValueError("schedule= cannot be given: each device makes that of its sequences")
     if arrays.query is not None:
         variant = _variant(arrays, options)
         validate.attention_problem(
@@ -116,11 +115,8 @@ def call(place: Placement, arrays: Any, options: Mapping[str, Any]) -> None:
     _values(place, arrays, options, tokens)
 
 
-def _variant(arrays: Any, options: Mapping[str, Any]) -> Any:
-    flags = (options.get("scale"), options.get("is_causal", True))
-    bounds = (options.get("local_window_size"), options.get("logits_soft_cap"))
-    has_alibi = arrays.slopes is not None
-    return validate.variant(arrays.cache.head_dim, *flags, *bounds, has_alibi)
+def _variant(arrays: "Arrays", options: "Options") -> Any:
+    return validate.variant(arrays.cache.head_dim, *options.scoring, arrays.slopes is not None)
 
 
 def _of_tokens(cache: "PagedKVCache", query: Any) -> "PagedKVCache":
@@ -130,8 +126,8 @@ def _of_tokens(cache: "PagedKVCache", query: Any) -> "PagedKVCache":
     return replace(cache, block_table=rows, seq_lengths=lengths)
 
 
-def _kernel_knows_positions(place: Placement, variant: Any, options: Mapping[str, Any]) -> None:
-    name = validate.implementation_name(options.get("implementation"), options.get("interpret"))
+def _kernel_knows_positions(place: Placement, variant: Any, options: "Options") -> None:
+    name = validate.implementation_name(options.implementation, options.interpret)
     if place.context is None or name in (None, "xla"):
         return
     if variant.window is not None or variant.has_alibi:
@@ -199,7 +195,7 @@ def _filled(spec: P, like: P) -> tuple:
     return (*spec, *(None,) * (len(like) - len(spec)))
 
 
-def _values(place: Placement, arrays: Any, options: Mapping[str, Any], num_tokens: int) -> None:
+def _values(place: Placement, arrays: "Arrays", options: "Options", num_tokens: int) -> None:
     """The checks of values that the ops make eagerly, for each data rank."""
     for rank, cache, starts in _by_rank(place, arrays.cache, arrays.starts):
         shape = validate.cache_shape(cache)

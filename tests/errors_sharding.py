@@ -132,7 +132,16 @@ ROWS = [
         "sharded sinks", lambda: attend(sinks=kv(2), tensor="x"), r"sinks \(2,\) must be .* = \(4,"
     ),
     Row(
-        "sharded schedule", lambda: attend(schedule=None), "schedule= cannot be given: each device"
+        "sharded schedule",
+        lambda: attend(schedule=None),
+        "got an unexpected keyword argument 'schedule'",
+        TypeError,
+    ),
+    Row(
+        "sharded unknown option",
+        lambda: attend(context="x", soft_cap=30.0),
+        "got an unexpected keyword argument 'soft_cap'",
+        TypeError,
     ),
     Row(
         "sharded window of a kernel",

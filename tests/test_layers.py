@@ -13,6 +13,7 @@ FOLDERS = ("paged_kv", "kernels", "benchmarks", "tools", "tests")
 PACKAGE = ("paged_kv", "kernels")
 # The public attention ops take what attention has; a kernel's body takes its refs.
 MANY_PARAMETERS = {"paged_attention", "append_and_attend"}
+MANY_PARAMETERS |= {"sharded_paged_attention", "sharded_append_and_attend"}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 80, 12
 
 
