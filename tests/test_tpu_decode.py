@@ -84,7 +84,7 @@ CASES = {
     "many_heads": (
         (160, 17, 256),
         (40, 8),
-        {"MAX_TILE_ROWS": 1024, "STEP_ROWS": 1024},
+        {"MAX_TILE_ROWS": 1024, "STEP_ROWS": 1024, "LONG_CHUNK_ROWS": 256},
         {},
     ),
     "many_kv_heads": ((17, 0, 40), (32, 32), {"MAX_TILE_ROWS": 512}, {}),
