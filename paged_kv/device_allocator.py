@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int32
 
 from . import validate
 from .cache import PagedKVCache
+from .state import reset_sequences
 
 
 @jax.tree_util.register_dataclass
@@ -138,11 +139,4 @@ def device_free(
         free_ids = allocator.free_ids.at[place].set(gone, mode="drop")
         num_free = allocator.num_free + is_freed.sum(dtype=jnp.int32)
     freed = DeviceAllocator(free_ids, jnp.minimum(num_free, num_blocks))
-    return (
-        replace(
-            cache,
-            block_table=jnp.where(mask[:, None], -1, table),
-            seq_lengths=jnp.where(mask, 0, cache.seq_lengths),
-        ),
-        freed,
-    )
+    return reset_sequences(cache, mask), freed

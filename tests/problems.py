@@ -197,6 +197,16 @@ def random_form(number, **constraints):
     return Form(**chosen)
 
 
+def plain_form(dtype, **changes):
+    """Causal decode in one dtype, no variant: what a test about something else starts from."""
+    plain = {
+        "kind": "decode", "query_dtype": dtype, "pool_dtype": dtype, "scale": None,
+        "is_causal": True, "local_window_size": None, "logits_soft_cap": None, "has_sinks": False,
+        "has_slopes": False,
+    }  # fmt: skip
+    return random_form(0, **{**plain, **changes})
+
+
 def random_lengths(rng, form):
     """Tokens in the cache, and of those in the query, per sequence."""
     edges = [0, 1, form.block_size - 1, form.block_size, form.block_size + 1]

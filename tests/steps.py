@@ -8,6 +8,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from poison import poisoned_cache
 
 import paged_kv
 from paged_kv import interop
@@ -70,6 +72,22 @@ def model_step(activations, query_start_loc, cache, implementation=None, interpr
 
     layers = jnp.arange(cache.num_layers, dtype=jnp.int32)
     return jax.lax.scan(layer_step, (activations, cache), layers)[0]
+
+
+def ragged_arguments(dtype):
+    """Arrays for `model_step`: 22 tokens of four sequences and padding, over three layers."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((24, 4, 64)), dtype)
+    stack = poisoned_cache(
+        rng,
+        [30, 0, 16, 7],
+        capacity=[31, 19, 16, 9],
+        num_layers=3,
+        num_kv_heads=2,
+        head_dim=64,
+        dtype=dtype,
+    )
+    return x, jnp.asarray([0, 1, 20, 20, 22], jnp.int32), stack.cache
 
 
 def compile_donated(sizes, num_tokens=None, sharding=None, **options):

@@ -1,6 +1,5 @@
 """The GPU attention kernel, in the Mosaic GPU interpreter, against the float64 oracle."""
 
-import dataclasses
 import functools
 
 import gpu_interpreter
@@ -54,11 +53,7 @@ def one_problem(lengths, query_lengths=None, *, group=2, poison=np.nan, **sizes)
     """Causal attention over a poisoned bfloat16 cache: one token a sequence, or a packed batch."""
     sizes = {"num_kv_heads": 1, "head_dim": 64, "dtype": "bfloat16", **sizes}
     poisoned = poisoned_cache(np.random.default_rng(5), lengths, poison=poison, **sizes)
-    form = dataclasses.replace(
-        problems.random_form(0),
-        kind="decode", query_dtype="bfloat16", pool_dtype="bfloat16", scale=None, is_causal=True,
-        local_window_size=None, logits_soft_cap=None, has_sinks=False, has_slopes=False,
-    )  # fmt: skip
+    form = problems.plain_form("bfloat16")
     num_tokens, starts = len(lengths), None
     if query_lengths is not None:
         num_tokens = sum(query_lengths) + 2
@@ -127,21 +122,8 @@ def test_same_inputs_give_the_same_bits():
 
 def test_scan_over_a_stack_matches_the_reference():
     """Append and attend in every layer, the layer traced, as a model does."""
-    sizes = steps.Sizes(num_blocks=24, block_size=16, head_dim=64, dtype="bfloat16")
-    shapes = steps.arguments(sizes, num_tokens=24)
-    rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.standard_normal(shapes[0].shape), jnp.bfloat16)
-    starts = jnp.asarray([0, 1, 20, 20, 22], jnp.int32)
-    stack = poisoned_cache(
-        rng,
-        [30, 0, 16, 7],
-        capacity=[31, 19, 16, 9],
-        num_layers=3,
-        num_kv_heads=2,
-        dtype="bfloat16",
-    )
+    arguments = steps.ragged_arguments("bfloat16")
     kernel = {"implementation": "mosaic_gpu", "interpret": interpreter()}
-    arguments = x, starts, stack.cache
     expected = jax.jit(functools.partial(steps.model_step, implementation="xla"))(*arguments)
     actual = gpu_interpreter.run(jax.jit(functools.partial(steps.model_step, **kernel)), *arguments)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

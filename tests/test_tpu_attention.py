@@ -1,6 +1,5 @@
 """The TPU attention kernel, in the interpreter, against the float64 oracle."""
 
-import dataclasses
 import functools
 
 import jax
@@ -70,12 +69,7 @@ def attend_one(lengths, interpret=INTERPRETERS["on_wait"], sizes=None, **options
     """A decode step, two query heads per kv head, over a poisoned cache: (problem, result)."""
     sizes = {"num_kv_heads": 1, "head_dim": 64, **(sizes or {})}
     poisoned = poisoned_cache(np.random.default_rng(5), lengths, **sizes)
-    form = dataclasses.replace(
-        problems.random_form(0),
-        kind="decode", query_dtype="float32", pool_dtype="float32", scale=None, is_causal=True,
-        local_window_size=None, logits_soft_cap=None, has_sinks=False, has_slopes=False,
-    )  # fmt: skip
-    form = dataclasses.replace(form, **options)
+    form = problems.plain_form("float32", **options)
     heads = 2 * sizes["num_kv_heads"]
     query = np.random.default_rng(6).standard_normal((len(lengths), heads, sizes["head_dim"]))
     query = jnp.asarray(query, jnp.float32)
@@ -126,18 +120,11 @@ def test_a_missing_wait_for_values_shows(monkeypatch):
 
 def test_scan_over_a_donated_stack_matches_the_reference():
     """Append and attend in every layer, the layer traced, as a model does."""
-    sizes = steps.Sizes(num_blocks=24, block_size=16, head_dim=64, dtype="float32")
-    shapes = steps.arguments(sizes, num_tokens=24)
-    rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.standard_normal(shapes[0].shape), jnp.float32)
-    starts = jnp.asarray([0, 1, 20, 20, 22], jnp.int32)
-    stack = poisoned_cache(
-        rng, [30, 0, 16, 7], capacity=[31, 19, 16, 9], num_layers=3, num_kv_heads=2
-    )
+    arguments = steps.ragged_arguments("float32")
     results = []
     for options in ({"implementation": "xla"}, {"implementation": "mosaic_tpu", "interpret": True}):
         step = jax.jit(functools.partial(steps.model_step, **options))
-        out, cache = step(x, starts, stack.cache)
+        out, cache = step(*arguments)
         results.append((out, cache.key_pool, cache.value_pool))
     np.testing.assert_allclose(results[0][0], results[1][0], **tolerance("model float32"))
     for reference, kernel in zip(results[0][1:], results[1][1:], strict=True):

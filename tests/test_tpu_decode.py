@@ -37,12 +37,7 @@ def decode_problem(lengths, heads=(8, 4), seed=0, options=None, **cache):
     rng = np.random.default_rng(seed)
     cache = {"block_size": BLOCK, "dtype": jnp.bfloat16, "head_dim": 128} | cache
     poisoned = poisoned_cache(rng, lengths, num_kv_heads=heads[1], **cache)
-    form = dataclasses.replace(
-        problems.random_form(0),
-        kind="decode", query_dtype="bfloat16", pool_dtype="bfloat16", scale=None, is_causal=True,
-        local_window_size=None, logits_soft_cap=None, has_sinks=False, has_slopes=False,
-    )  # fmt: skip
-    form = dataclasses.replace(form, **(options or {}))
+    form = problems.plain_form("bfloat16", **(options or {}))
     query = rng.standard_normal((len(lengths), heads[0], 128))
     slopes = jnp.asarray(rng.random(heads[0]), jnp.float32) if form.has_slopes else None
     layer = None if poisoned.cache.key_pool.ndim == 4 else jnp.int32(1)

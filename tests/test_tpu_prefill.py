@@ -21,12 +21,7 @@ SMALL_CHIP = plans.Chip(device.LEAST_VMEM_BYTES, False)
 # lengths and query tokens: chunks behind contexts, whole prompts, a decode row, an empty sequence
 LENGTHS = (300, 0, 130, 40, 257)
 QUERIES = (70, 0, 20, 40, 1)
-PLAIN = {
-    "kind": "chunked_prefill", "query_dtype": "bfloat16", "pool_dtype": "bfloat16", "scale": None,
-    "is_causal": True, "local_window_size": None, "logits_soft_cap": None, "has_sinks": False,
-    "has_slopes": False, "num_layers": None, "num_kv_heads": 2, "group": 4, "head_dim": 128,
-    "block_size": 16,
-}  # fmt: skip
+SIZES = {"num_layers": None, "num_kv_heads": 2, "group": 4, "head_dim": 128, "block_size": 16}
 VARIANTS = {
     "plain": {},
     "window": {"local_window_size": (40, 0)},
@@ -53,7 +48,7 @@ def small_tiles(monkeypatch):
 
 
 def make_problem(lengths=LENGTHS, queries=QUERIES, padding=5, **options):
-    form = dataclasses.replace(problems.random_form(0), **{**PLAIN, **options})
+    form = problems.plain_form("bfloat16", **{"kind": "chunked_prefill", **SIZES, **options})
     rng = np.random.default_rng(3)
     first_kept = problems.first_keys_seen(
         np.array(lengths), np.array(queries), form.local_window_size

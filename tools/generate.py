@@ -12,7 +12,6 @@ import argparse
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,6 +21,7 @@ import paged_kv
 try:
     from tools import gguf_model
     from tools.batch import Batch, Options, PromptError
+    from tools.command import DTYPES, dtype_or_default, note, number_type
     from tools.text import ModelError, Text
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -29,7 +29,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "xla": None}  # where each runs
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         prompts = _read_prompts(arguments.prompt)
         start = time.perf_counter()
         path = arguments.model or gguf_model.default_model_path()
-        dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = gguf_model.read_model(path, dtype)
-        _note(f"read {model.name} in {time.perf_counter() - start:.1f} s")
+        model = gguf_model.read_model(path, dtype_or_default(arguments.dtype))
+        note(f"read {model.name} in {time.perf_counter() - start:.1f} s")
         options = Options(
             max_tokens=arguments.max_tokens,
             temperature=arguments.temperature,
@@ -53,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return run(model, prompts, options, arguments.chat)
     except (ModelError, PromptError, NotImplementedError) as error:
-        _note(f"error: {error}")
+        note(f"error: {error}")
         return 2
 
 
@@ -67,7 +65,7 @@ def run(
     chat = model.text.chat_template is not None if chat is None else chat
     encode = model.text.encode_chat if chat else model.text.encode
     tokens = [encode(prompt) for prompt in prompts]
-    batch = Batch(model.config, model.weights, tokens, model.text.stop_tokens, options, _note)
+    batch = Batch(model.config, model.weights, tokens, model.text.stop_tokens, options, note)
     printer = Printer(model.text, prompts, tokens, chat)
     status, reasons = 0, []
     try:
@@ -83,7 +81,7 @@ def run(
         if len(sequence.tokens) == model.config.context_length:
             reasons.append(f"prompt {number} stopped at the end of the model's context")
     for reason in reasons:
-        _note(reason)
+        note(reason)
     print(_summary(batch), flush=True)
     return status
 
@@ -197,24 +195,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "pass --interpret to run it here, slowly"
         )
     return arguments
-
-
-def number_type(kind: type, least: float, most: float = float("inf")) -> Callable[[str], float]:
-    """An argument's type: a number of a kind, within bounds."""
-
-    def parse(text):
-        number = kind(text)
-        if not least <= number <= most or number == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
-        return number
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number
-    return parse
-
-
-def _note(line: str) -> None:
-    """Says something that is no part of the text."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

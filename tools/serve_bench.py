@@ -17,13 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 try:
     from tools import gguf_model
     from tools.batch import Batch
     from tools.batch import Options as AloneOptions
-    from tools.generate import DTYPES, number_type
+    from tools.command import DTYPES, dtype_or_default, note, number_type
     from tools.serving import metrics, plot, workload
     from tools.serving.engine import Engine, Options
     from tools.serving.request import Arrival, RequestError
@@ -40,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.plot:
             plot.load()  # say now that it is missing
-        dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = gguf_model.read_model(arguments.model or gguf_model.default_model_path(), dtype)
+        path = arguments.model or gguf_model.default_model_path()
+        model = gguf_model.read_model(path, dtype_or_default(arguments.dtype))
         prompts = workload.chat_prompts(
             model.text,
             arguments.seed,
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return run(model, arrivals, arguments)
     except (ModelError, ModuleNotFoundError, RequestError) as error:
-        _note(f"error: {error}")
+        note(f"error: {error}")
         return 2
 
 
@@ -73,9 +71,9 @@ def run(model: gguf_model.Model, arrivals: list[Arrival], arguments: argparse.Na
     runs = {}
     for is_caching in (False, True):
         name = f"prefix caching {'on' if is_caching else 'off'}"
-        _note(name)
+        note(name)
         options = engine_options(model, arrivals, arguments, is_caching)
-        engine = Engine(model.config, model.weights, model.text.stop_tokens, options, _note)
+        engine = Engine(model.config, model.weights, model.text.stop_tokens, options, note)
         runs[name] = engine.run(arrivals)
     off, on = runs.values()
     print(metrics.table(runs, unit))
@@ -137,7 +135,7 @@ def generate_alone(
         batch = Batch(model.config, model.weights, prompts, stops, options)
         list(batch.run())
         outputs[arrival.number] = batch.sequences[0].generated
-        _note(f"alone: request {arrival.number} of {len(arrivals)}")
+        note(f"alone: request {arrival.number} of {len(arrivals)}")
     return outputs
 
 
@@ -168,11 +166,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.rate is None:
         arguments.rate = 1.0 if arguments.clock == "wall" else 0.2
     return arguments
-
-
-def _note(line: str) -> None:
-    """Says something that is no result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

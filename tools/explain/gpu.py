@@ -1,5 +1,7 @@
 """How the GPU kernels take a case, on a Hopper that need not be here."""
 
+from typing import Any
+
 import numpy as np
 
 from benchmarks.workload import APPEND, FUSED, Case
@@ -40,18 +42,9 @@ def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explai
                 explained.tile_visits(part.sequence, part.tile_start, part.tile_stop, 0, full_stop)
             )
         workers.append(Worker(f"CTA {number}", groups))
-    parts = decode_plan.scratch(problem, cut)
     turns = ", its consumers in turn" if cut.turns > 1 else ""
-    return Explained(
-        kernel="decode",
-        problem=problem,
-        plan=cut,
-        scratch=_scratch(parts),
-        num_bytes=plan.smem_bytes(parts),
-        limit=plan.SMEM_BYTES,
-        workers=workers,
-        legend=f"a tile of {_tokens(cut.keys)}, all heads{turns}; the last comes first",
-    )
+    legend = f"a tile of {_tokens(cut.keys)}, all heads{turns}; the last comes first"
+    return _explained("decode", problem, cut, decode_plan.scratch(problem, cut), workers, legend)
 
 
 def _ragged(case: Case, problem: Problem) -> Explained:
@@ -73,18 +66,10 @@ def _ragged(case: Case, problem: Problem) -> Explained:
         )
         for cta in range(cut.num_ctas)
     ]
-    parts = plan.scratch(problem, cut)
+    kernel, parts = "attention over ragged tiles of queries", plan.scratch(problem, cut)
     split = f", 1 of {cut.parts} parts of their heads" if cut.parts > 1 else ""
-    return Explained(
-        kernel="attention over ragged tiles of queries",
-        problem=problem,
-        plan=cut,
-        scratch=_scratch(parts),
-        num_bytes=plan.smem_bytes(parts),
-        limit=plan.SMEM_BYTES,
-        workers=workers,
-        legend=f"a tile of {_tokens(cut.keys)} for {cut.tile_tokens} query tokens{split}",
-    )
+    legend = f"a tile of {_tokens(cut.keys)} for {cut.tile_tokens} query tokens{split}"
+    return _explained(kernel, problem, cut, parts, workers, legend)
 
 
 def _append(case: Case, problem: AppendProblem) -> Explained:
@@ -94,16 +79,23 @@ def _append(case: Case, problem: AppendProblem) -> Explained:
     owners = np.repeat(np.arange(case.batch), case.queries).tolist()
     chunks = [owners[i : i + cut.chunk_tokens] for i in range(0, len(owners), cut.chunk_tokens)]
     count = lambda chunk: [Visits(s, True, chunk.count(s)) for s in sorted(set(chunk))]
-    parts = append.scratch(problem, cut)
+    workers = [Worker(f"CTA {cta}", [count(chunk)]) for cta, chunk in enumerate(chunks)]
+    legend = f"a new token, through {'registers' if cut.vector else 'shared memory'} to its slot"
+    return _explained("append", problem, cut, append.scratch(problem, cut), workers, legend)
+
+
+def _explained(
+    kernel: str,
+    problem: Problem | AppendProblem,
+    cut: Any,
+    parts: dict,
+    workers: list[Worker],
+    legend: str,
+) -> Explained:
+    """A kernel's answer, its shared memory weighed."""
+    memory = {"scratch": _scratch(parts), "num_bytes": plan.smem_bytes(parts)}
     return Explained(
-        kernel="append",
-        problem=problem,
-        plan=cut,
-        scratch=_scratch(parts),
-        num_bytes=plan.smem_bytes(parts),
-        limit=plan.SMEM_BYTES,
-        workers=[Worker(f"CTA {cta}", [count(chunk)]) for cta, chunk in enumerate(chunks)],
-        legend=f"a new token, through {'registers' if cut.vector else 'shared memory'} to its slot",
+        kernel, problem, cut, **memory, limit=plan.SMEM_BYTES, workers=workers, legend=legend
     )
 
 
