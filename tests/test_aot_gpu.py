@@ -13,7 +13,7 @@ from pairwise import pairwise_rows
 import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import decode_plan, plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, plan, prefill_plan, unsupported_version
 from tools.gpu_compile import archs, compiler
 from tools.gpu_compile.__main__ import compile_case
 
@@ -90,6 +90,8 @@ def assert_assembled(problem, kernels):
     by_name = {kernel.kernel: kernel for kernel in kernels}
     if (made := decode_plan.plan_of(problem)) is not None:
         names = {"paged_decode", "paged_combine"}
+    elif (made := prefill_plan.plan_of(problem)) is not None:
+        names = {"paged_prefill"}
     else:
         made, names = plan.make_plan(problem), {"paged_attention"}
     assert set(by_name) == names
@@ -97,7 +99,8 @@ def assert_assembled(problem, kernels):
         assert kernel.target == "sm_90a"
         assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
     (main,) = names - {"paged_combine"}
-    assert by_name[main].registers * 128 * (made.consumers + 1) <= 65536
+    warpgroups = getattr(made, "consumers", prefill_plan.CONSUMERS) + 1
+    assert by_name[main].registers * 128 * warpgroups <= 65536
     assert smem_bytes_of(problem) <= plan.SMEM_BYTES
     return by_name[main]
 
@@ -106,6 +109,8 @@ def smem_bytes_of(problem):
     """What the plan of the main kernel says."""
     if (made := decode_plan.plan_of(problem)) is not None:
         return plan.smem_bytes(decode_plan.scratch(problem, made))
+    if (made := prefill_plan.plan_of(problem)) is not None:
+        return plan.smem_bytes(prefill_plan.scratch(problem, made))
     return plan.smem_bytes(plan.scratch(problem, plan.make_plan(problem)))
 
 
@@ -180,7 +185,7 @@ def test_donated_step_over_a_stack_copies_no_pool_on_h100(num_kv_heads, num_toke
     arguments = steps.arguments(sizes, num_tokens)
     call = jax.jit(steps.model_step, donate_argnums=2)
     report = compiler.compile_for("H100", call, *arguments)
-    attends = {"paged_decode", "paged_combine"} if num_tokens is None else {"paged_attention"}
+    attends = {"paged_decode", "paged_combine"} if num_tokens is None else {"paged_prefill"}
     assert {kernel.kernel for kernel in report.kernels} == {"paged_append"} | attends
     hlo.assert_updated_in_place(report.compiled, sizes.layer_elements)
     assert report.compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4

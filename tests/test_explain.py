@@ -24,8 +24,8 @@ KERNELS = {
     "8b_b64_512": {"tpu": "decode", "gpu": "decode"},
     "8b_ragged128": {"tpu": "decode", "gpu": "decode"},
     "gptoss_b64_4k_window": {"tpu": "attention, the one for every shape", "gpu": "decode"},
-    "8b_mixed_60x4k_4x1k": {"tpu": "prefill", "gpu": "attention over ragged tiles of queries"},
-    "70btp8_prefill_1x4k": {"tpu": "prefill", "gpu": "attention over ragged tiles of queries"},
+    "8b_mixed_60x4k_4x1k": {"tpu": "prefill", "gpu": "prefill"},
+    "70btp8_prefill_1x4k": {"tpu": "prefill", "gpu": "prefill"},
 }
 
 
@@ -38,9 +38,13 @@ def keys_of_a_tile(plan):
     return getattr(plan, "tile_keys", None) or plan.tile_tokens
 
 
-def visits_by_definition(case, query_tokens, tile):
-    """How many tiles each sequence's queries meet, by (sequence, whether every pair is seen)."""
+def visits_by_definition(case, query_tokens, tile, row_group):
+    """How many tiles each sequence's queries meet, by (sequence, whether every pair is seen).
+
+    Tiles of queries begin at multiples of `row_group` packed rows.
+    """
     visits = Counter()
+    offsets = (np.cumsum(case.queries) - case.queries) % row_group
     left, _ = case.local_window_size or (10**9, 0)
     for sequence, (length, count) in enumerate(
         zip(case.seq_lengths, case.queries.tolist(), strict=True)
@@ -48,8 +52,8 @@ def visits_by_definition(case, query_tokens, tile):
         position = np.arange(length - count, length)[:, None]
         key = np.arange(-(-length // tile) * tile)[None]
         seen = (key <= position) & (key >= position - left)
-        for start in range(0, count, query_tokens):
-            tiles = seen[start : start + query_tokens].reshape(-1, key.size // tile, tile)
+        for start in range(-offsets[sequence], count, query_tokens):
+            tiles = seen[max(start, 0) : start + query_tokens].reshape(-1, key.size // tile, tile)
             whole, met = tiles.all((0, 2)), tiles.any((0, 2))
             visits[sequence, True] += int(whole.sum())
             visits[sequence, False] += int((met & ~whole).sum())
@@ -68,9 +72,19 @@ def test_every_tile_that_a_query_sees_is_visited_and_no_other(name, backend, chi
         for sequence, is_whole, number in (run for group in worker.groups for run in group):
             visits[sequence, is_whole] += number
     query_tokens = plan.tile_tokens if kernel.problem.is_packed else 1
-    expected = visits_by_definition(case, query_tokens, keys_of_a_tile(plan))
+    row_group = 8 if hasattr(plan, "cut") else 1
+    expected = visits_by_definition(case, query_tokens, keys_of_a_tile(plan), row_group)
     if (backend, name) == ("gpu", "gptoss_b64_4k_window"):  # masks every tile of a window
         assert visits.keys() == {(sequence, False) for sequence in range(64)}
+    elif hasattr(plan, "cut"):  # masks the first tile of every item
+        totals = Counter()
+        for found, factor in ((visits, 1), (expected, -plan.parts)):
+            for (sequence, _), number in found.items():
+                totals[sequence] += factor * number
+        assert not any(totals.values())
+        assert all(
+            visits[key] >= plan.parts * number for key, number in expected.items() if not key[1]
+        )
     else:
         parts = getattr(plan, "parts", 1)
         assert visits == {key: parts * number for key, number in expected.items()}

@@ -140,7 +140,7 @@ def mutate(monkeypatch):
 
 
 def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
-    mutate(f"{TILE}._clear_tail", lambda *args: None)
+    mutate(f"{TILE}.clear_tail", lambda *args: None)
     out, _ = attend(one_problem([43, 18]))
     assert np.isnan(np.asarray(out, np.float32)).any()
 

@@ -10,7 +10,14 @@ attention    picks a kernel; tiles of query rows for the ragged one
 tile         one tile of keys and values: scores, softmax, product
 decode       the kernel of one token per sequence, KV cut into equal shares
 combine      the second kernel of decode: joins what was cut
-ragged       one kernel for chunked prefill and mixed batches
+ragged       one kernel for every packed batch that prefill does not take
+prefill_*    the kernel of long packed batches
+  plan       how queries and keys are cut; no Pallas import
+  list       query tiles, those with the most keys first, made once per step; no Pallas import
+  cta        what one CTA works with, and which items it has
+  copies     the warps that copy
+  step       the consumers: all tiles of keys of one item
+prefill      the kernel itself, and where its results go
 """
 
 import jax

@@ -1,6 +1,7 @@
-"""Paged attention: one token per sequence is decode's, a packed batch is the ragged kernel's.
+"""Paged attention: one token per sequence is decode's, a long packed batch is prefill's.
 
-The ragged kernel gets tiles of query rows and gives (out, lse) per token.
+Every other packed batch is the ragged kernel's, which gets tiles of query rows and gives (out, lse)
+per token.
 """
 
 from functools import partial
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
-from . import blocks, decode, ragged
+from . import blocks, decode, prefill, ragged
 from . import decode_plan as decode_plans
+from . import prefill_plan as prefill_plans
 from .plan import WARPGROUP_ROWS, Plan, make_plan, scratch, unsupported, work_list
 
 __all__ = ["attend", "unsupported"]
@@ -42,6 +44,10 @@ def attend(
     if decode_plan is not None:
         arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
         return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+    prefill_plan = prefill_plans.plan_of(problem, is_simulated=interpret is not None)
+    if prefill_plan is not None:
+        arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
+        return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
     tiles = tile_queries(
         schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens

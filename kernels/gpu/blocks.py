@@ -117,6 +117,7 @@ class Ring(NamedTuple):
     slots: Any  # (stages, ...)
     full: Any
     empty: Any
+    first: int = 0  # where this ring's barriers begin, if it shares arrays of them with others
 
     @property
     def stages(self) -> int:
@@ -125,20 +126,25 @@ class Ring(NamedTuple):
     def slot(self, step: Any) -> Any:
         return lax.rem(step, jnp.int32(self.stages))
 
+    def barrier(self, step: Any) -> Any:
+        """The number of this step's barriers."""
+        slot = self.slot(step)
+        return self.first + slot if self.first else slot
+
     def await_empty(self, step: Any) -> None:
         """Producer: until the slot of this step may be filled."""
 
         @pl.when(step >= self.stages)
         def _():
-            plgpu.barrier_wait(self.empty.at[self.slot(step)])
+            plgpu.barrier_wait(self.empty.at[self.barrier(step)])
 
     def await_full(self, step: Any) -> None:
         """Consumer: until the slot of this step is filled."""
-        plgpu.barrier_wait(self.full.at[self.slot(step)])
+        plgpu.barrier_wait(self.full.at[self.barrier(step)])
 
     def release(self, step: Any) -> None:
         """Consumer: no more reads of the slot of this step."""
-        plgpu.barrier_arrive(self.empty.at[self.slot(step)])
+        plgpu.barrier_arrive(self.empty.at[self.barrier(step)])
 
     def drain(self, steps: Any) -> None:
         """Producer, last: every completion is waited for."""
@@ -146,7 +152,7 @@ class Ring(NamedTuple):
 
         @pl.loop(0, left)
         def _(i):
-            plgpu.barrier_wait(self.empty.at[self.slot(steps - left + i)])
+            plgpu.barrier_wait(self.empty.at[self.barrier(steps - left + i)])
 
 
 def copy_tile(

@@ -107,7 +107,10 @@ def attend(
         @pl.when(is_tail)
         def _():  # first, while no scores take registers
             value_ring.await_full(step)
-            _clear_tail(tiles, sharing, slot, valid_rows)
+            clear_tail(tiles, sharing, slot, valid_rows)
+            if sharing.warpgroups > 1:
+                plgpu.barrier_arrive(sharing.barrier)
+                plgpu.barrier_wait(sharing.barrier)
 
     key_ring.await_full(step)
     dots = matmul(query, key_ring.slots.at[slot], is_transposed=True)
@@ -125,10 +128,10 @@ def attend(
     return softmax.State(m, l, acc)
 
 
-def _clear_tail(tiles: Tiles, sharing: Sharing, slot: Any, valid_rows: Any) -> None:
+def clear_tail(tiles: Tiles, sharing: Sharing, slot: Any, valid_rows: Any) -> None:
     """Zeroes value rows past the sequence: no one wrote them, and 0 * NaN is NaN.
 
-    Each of the warpgroups that share the tile takes its share of the columns, then all meet.
+    Each of the warpgroups that share the tile takes its share of the columns; then they must meet.
     """
     head_dim, dtype = tiles.problem.cache.head_dim, tiles.problem.cache.dtype
     slots = tiles.value_ring.slots
@@ -148,9 +151,6 @@ def _clear_tail(tiles: Tiles, sharing: Sharing, slot: Any, valid_rows: Any) -> N
             is_mine = sharing.rank == column // width % sharing.warpgroups
             pl.when(is_mine)(partial(clear, column))
     plgpu.commit_smem()
-    if sharing.warpgroups > 1:
-        plgpu.barrier_arrive(sharing.barrier)
-        plgpu.barrier_wait(sharing.barrier)
 
 
 def zero_padding(keys: KeyTiles, value_ring: Ring, pool_ref: Any, padding_full: Any) -> None:

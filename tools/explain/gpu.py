@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.workload import APPEND, FUSED, Case
 from paged_kv.kernels.core.problem import AppendProblem, Problem
 from paged_kv.kernels.core.schedule import tile_queries
-from paged_kv.kernels.gpu import append, decode_plan, plan, worklist
+from paged_kv.kernels.gpu import append, decode_plan, plan, prefill_list, prefill_plan, worklist
 
 from . import explained
 from .explained import Explained, Scratch, Unsupported, Visits, Worker
@@ -27,8 +27,11 @@ def explain(case: Case) -> list[Explained]:
     problem = explained.problem_of(case)
     if (reason := plan.unsupported(problem)) is not None:
         raise Unsupported(reason)
-    cut = decode_plan.plan_of(problem)
-    return [*kernels, _ragged(case, problem) if cut is None else _decode(case, problem, cut)]
+    if (cut := decode_plan.plan_of(problem)) is not None:
+        return [*kernels, _decode(case, problem, cut)]
+    if (cut := prefill_plan.plan_of(problem)) is not None:
+        return [*kernels, _prefill(case, problem, cut)]
+    return [*kernels, _ragged(case, problem)]
 
 
 def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explained:
@@ -45,6 +48,35 @@ def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explai
     turns = ", its consumers in turn" if cut.turns > 1 else ""
     legend = f"a tile of {_tokens(cut.keys)}, all heads{turns}; the last comes first"
     return _explained("decode", problem, cut, decode_plan.scratch(problem, cut), workers, legend)
+
+
+def _prefill(case: Case, problem: Problem, cut: prefill_plan.PrefillPlan) -> Explained:
+    schedule = explained.schedule_of(case, problem)
+    made = prefill_list.make(cut.cut, problem.variant, schedule)
+    items = np.asarray(made.items)[: int(made.num_items[0])].tolist()
+    workers = [Worker(f"CTA {cta}", []) for cta in range(cut.num_ctas)]
+    for place in range(len(items) * cut.parts):
+        turn, cta = divmod(place, cut.num_ctas)
+        item = prefill_list.Item(*items[place // cut.parts])
+        counts = (False, item.edge_visits), (True, item.full_visits - item.edge_visits)
+        counts = *counts, (False, item.num_visits - item.full_visits)
+        visits = [Visits(item.sequence, whole, number) for whole, number in counts if number]
+        workers[cut.num_ctas - 1 - cta if turn % 2 else cta].groups.append(visits)
+    parts = prefill_plan.scratch(problem, cut)
+    heads = ", two heads of a kv head" if cut.heads_per_item == 2 else ", one head"
+    return Explained(
+        kernel="prefill",
+        problem=problem,
+        plan=cut,
+        scratch=_scratch(parts),
+        num_bytes=plan.smem_bytes(parts),
+        limit=plan.SMEM_BYTES,
+        workers=workers,
+        legend=(
+            f"a tile of {_tokens(cut.keys)} for {cut.tile_tokens} query tokens{heads}; "
+            "the last comes first"
+        ),
+    )
 
 
 def _ragged(case: Case, problem: Problem) -> Explained:

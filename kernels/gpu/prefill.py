@@ -1,0 +1,181 @@
+"""The kernel of prefill: persistent CTAs over a list of query tiles, those with most keys first.
+
+The roles are those of FlashAttention-3 (Shah et al., 2024).
+
+    CTA c takes one item of each round of the list: a query tile, for two heads of one kv head
+
+    copies      table -> block ids -> TMA: one warp or two bring K, as many bring V (and Q)
+    consumers   each its own 64 rows of queries: two heads, or two tiles of one head
+                prefill_step.py for the tiles of keys, from the diagonal down
+                after the item: (O, lse) -> shared memory -> TMA
+
+Results go to the packed rows of their tokens.  At an end of a sequence a tile holds rows of others,
+so its own are copied apart.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core import softmax
+from ..core.problem import Problem
+from ..core.schedule import Schedule
+from . import blocks, prefill_list, prefill_step
+from .blocks import divide, pl, plgpu
+from .plan import WARPGROUP_ROWS
+from .prefill_copies import produce
+from .prefill_cta import Cta, Inputs, Outputs, Work
+from .prefill_plan import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    ROW_GROUP,
+    PrefillPlan,
+    scratch,
+)
+
+
+def attend(
+    problem: Problem,
+    plan: PrefillPlan,
+    query: jax.Array,
+    key_pool: jax.Array,
+    value_pool: jax.Array,
+    block_table: jax.Array,
+    schedule: Schedule,
+    alibi_slopes: jax.Array | None,
+    layer: jax.Array,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
+    cache = problem.cache
+    work = prefill_list.for_cut(plan.cut, problem.variant, schedule)
+    pool = (cache.num_layers * cache.num_blocks, *cache.pool_shape[2:])
+    if alibi_slopes is None:
+        alibi_slopes = jnp.zeros((problem.num_query_heads,), jnp.float32)
+    inputs = Inputs(
+        query=query.astype(cache.dtype),
+        keys=key_pool.reshape(pool),
+        values=value_pool.reshape(pool),
+        table=block_table,
+        items=work.items,
+        num_items=work.num_items,
+        layer=layer.reshape(1),
+        slopes=alibi_slopes.astype(jnp.float32),
+    )
+    outputs = Outputs(*_call(problem, plan, interpret)(*inputs))
+    return outputs.out, outputs.lse[:, : problem.num_tokens].T
+
+
+def _call(problem: Problem, plan: PrefillPlan, interpret: Any) -> Any:
+    """The kernel, as a function of `Inputs` that returns `Outputs`."""
+    heads, tokens = problem.num_query_heads, problem.num_tokens
+    # a row of a copied array is a multiple of 16 bytes
+    lse = (heads, -(-tokens // ROW_GROUP) * ROW_GROUP)
+    return blocks.kernel(
+        partial(_body, problem=problem, plan=plan, is_simulated=interpret is not None),
+        name="paged_prefill",
+        cost=problem.cost,
+        out_type=Outputs(
+            jax.ShapeDtypeStruct((tokens, heads, problem.cache.head_dim), problem.query_dtype),
+            jax.ShapeDtypeStruct(lse, jnp.float32),
+        ),
+        grid=(plan.num_ctas,),
+        grid_names=("cta",),
+        num_threads=CONSUMERS + 1,
+        scratch_types=blocks.allocate(scratch(problem, plan)),
+        interpret=interpret,
+    )
+
+
+def _body(*refs: Any, problem: Problem, plan: PrefillPlan, is_simulated: bool, **smem: Any) -> None:
+    num_inputs = len(Inputs._fields)
+    inputs, outputs = Inputs(*refs[:num_inputs]), Outputs(*refs[num_inputs:])
+    cta = Cta(problem, plan, is_simulated, inputs, outputs, smem)
+    warpgroup = lax.axis_index("warpgroup")
+
+    def copies():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        produce(cta)
+
+    def computes():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        _consume(cta, warpgroup)
+
+    # two branches of one: what consumers need is not kept through the producer's code
+    lax.cond(warpgroup == CONSUMERS, copies, computes)
+
+
+def _consume(cta: Cta, consumer: Any) -> None:
+    """Attends with this warpgroup's rows of every item."""
+
+    def visit(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        index, steps = carry
+        plgpu.barrier_wait(cta.query_full(consumer))
+        state = prefill_step.attend(cta, consumer, index, steps)
+        # read again: what a result needs would take registers all the while
+        work = cta.work(index)
+        _store(cta, consumer, work, softmax.finish(blocks.ROWS, state))
+        return index + 1, steps + work.item.num_visits
+
+    first = jnp.int32(0), jnp.int32(0)
+
+    @pl.when(cta.has(first[0]))
+    def _():
+        prefill_step.take_first_turn(cta, consumer)
+        lax.while_loop(lambda carry: cta.has(carry[0]), visit, first)
+        prefill_step.take_last_turn(cta, consumer)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(cta: Cta, consumer: Any, work: Work, result: tuple[Any, Any]) -> None:
+    """Through shared memory, whose last contents must have left it."""
+    out, lse = result
+    names = "out_smem" if cta.plan.has_swizzled_out else "part_smem", "part_smem", "lse_smem"
+    whole_smem, part_smem, lse_smem = (cta.smem[name].at[consumer] for name in names)
+    outputs = cta.outputs
+    head, offset = cta.rows_of(consumer, work)
+    start = jnp.clip(work.item.row_start - offset, 0, WARPGROUP_ROWS)
+    stop = jnp.clip(work.item.row_stop - offset, 0, WARPGROUP_ROWS)
+    first_row = pl.multiple_of(work.item.row_group * ROW_GROUP + offset, ROW_GROUP)
+    is_whole = stop - start == WARPGROUP_ROWS
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out = out.astype(cta.problem.query_dtype)
+    lse_smem[...] = lse
+
+    @pl.when(is_whole)
+    def _():
+        whole_smem[...] = out
+        plgpu.commit_smem()
+        rows = pl.ds(first_row, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(whole_smem, outputs.out.at[rows, head])
+        plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[head, rows])
+
+    @pl.when(jnp.logical_not(is_whole))
+    def _():
+        part_smem[...] = out
+        plgpu.commit_smem()
+        _copy_rows(part_smem, outputs.out, head, first_row, start, stop)
+
+        @pl.loop(start, stop)
+        def _(row):
+            outputs.lse[head, first_row + row] = lse_smem[row]
+
+        plgpu.commit_smem()  # all threads have read the lse before the next item's is written
+
+
+def _copy_rows(smem: Any, out_ref: Any, head: Any, first_row: Any, start: Any, stop: Any) -> None:
+    """Rows [start, stop) of a tile: 8 at once, then one by one."""
+
+    def copy(rows: int, row: Any) -> None:
+        target = out_ref.at[pl.ds(first_row + row, rows), head]
+        plgpu.copy_smem_to_gmem(smem.at[pl.ds(row, rows)], target)
+
+    groups = divide(stop - start, ROW_GROUP)
+    pl.loop(0, groups)(lambda i: copy(ROW_GROUP, start + i * ROW_GROUP))
+    pl.loop(start + groups * ROW_GROUP, stop)(lambda row: copy(1, row))

@@ -1,0 +1,150 @@
+"""How prefill is cut for an SM: query tiles of one kv head's heads, and a CTA's memory."""
+
+from dataclasses import dataclass
+from math import gcd
+
+from ..core.problem import CacheShape, Problem
+from . import device
+from .plan import (
+    DTYPES,
+    HEAD_DIMS,
+    MAX_SIMULATED_CTAS,
+    SMEM_BYTES,
+    WARPGROUP_ROWS,
+    Barriers,
+    Buffer,
+    KeyTiles,
+    Union,
+    smem_bytes,
+    swizzle_bytes,
+)
+
+CONSUMERS = 2  # warpgroups, each with WARPGROUP_ROWS query rows of one head
+ROW_GROUP = 8  # rows that a swizzled copy moves at once: query tiles start at a multiple
+STAGES = 2
+MIN_TOKENS = 64  # per sequence on average: fewer leave most rows of a query tile empty
+MAX_IDS = 4  # block ids that a copying warp reads ahead; more take registers it has not
+MAX_HEAD_DIM = 128
+# See plan.py: what all warpgroups hold must not pass what the launch gave.
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a list of query tiles depends on besides lengths: how queries and keys are cut."""
+
+    keys: KeyTiles  # of one head: a row is a token
+    tile_tokens: int
+    num_tokens: int  # packed, padding included
+
+    def num_tiles(self, batch: int) -> int:
+        """Tiles that always suffice: each sequence, and the padding, may begin within a row group
+        and leave its last tile partly empty."""
+        waste = self.tile_tokens + ROW_GROUP - 2
+        return (self.num_tokens + (batch + 1) * waste) // self.tile_tokens
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Sizes of one prefill call.
+
+    An item is one tile of query tokens for some heads of one kv head: two heads, a consumer each,
+    or one head and twice the tokens where a kv head has an odd number.
+    """
+
+    cut: Cut
+    heads_per_item: int
+    parts: int  # items per query tile
+    stages: int
+    copy_warps: int  # that bring keys; as many others bring values
+    has_swizzled_out: bool  # whole tiles have a buffer of their own, without bank conflicts
+    num_ctas: int
+
+    @property
+    def keys(self) -> KeyTiles:
+        return self.cut.keys
+
+    @property
+    def tile_tokens(self) -> int:
+        return self.cut.tile_tokens
+
+    @property
+    def copies_per_warp(self) -> int:
+        return self.keys.blocks_per_tile // self.copy_warps
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Block ids are read one tile ahead."""
+        return self.copies_per_warp <= MAX_IDS
+
+
+def cut_of(cache: CacheShape, num_query_heads: int, num_tokens: int) -> Cut | None:
+    """How prefill over such a cache is cut, None where another kernel takes it."""
+    keys = KeyTiles.of_rows(cache.block_size, 1, 128)
+    is_supported = (
+        cache.dtype in DTYPES
+        and cache.head_dim in HEAD_DIMS
+        and cache.head_dim <= MAX_HEAD_DIM
+        and cache.block_size % 8 == 0
+        and keys.is_exact
+        and num_tokens >= MIN_TOKENS * cache.batch
+    )
+    if not is_supported:
+        return None
+    heads = _heads_per_item(num_query_heads // cache.num_kv_heads)
+    return Cut(keys, CONSUMERS * WARPGROUP_ROWS // heads, num_tokens)
+
+
+def _heads_per_item(group: int) -> int:
+    return 1 if group % 2 else 2
+
+
+def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | None:
+    """The sizes for a problem, None where another kernel takes it."""
+    if not problem.is_packed or problem.variant.left is not None:
+        return None
+    cut = cut_of(problem.cache, problem.num_query_heads, problem.num_tokens)
+    if cut is None:
+        return None
+    heads = _heads_per_item(problem.group)
+    parts = problem.num_query_heads // heads
+    limit = MAX_SIMULATED_CTAS if is_simulated else device.num_sms()
+    candidates = (
+        PrefillPlan(
+            cut=cut,
+            heads_per_item=heads,
+            parts=parts,
+            stages=STAGES,
+            copy_warps=gcd(2, cut.keys.blocks_per_tile),
+            has_swizzled_out=has_swizzled_out,
+            num_ctas=min(parts * cut.num_tiles(problem.cache.batch), limit),
+        )
+        for has_swizzled_out in (True, False)
+    )
+    return next((p for p in candidates if smem_bytes(scratch(problem, p)) <= SMEM_BYTES), None)
+
+
+def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | Barriers]:
+    """The shared memory of one CTA, by the names of the kernel's parameters."""
+    head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
+    rows = (CONSUMERS, WARPGROUP_ROWS)
+    swizzled = lambda shape, dtype: Buffer(shape, dtype, swizzle_bytes(head_dim, dtype))
+    tile = swizzled((plan.stages, plan.keys.rows, head_dim), dtype)
+    copies = plan.keys.blocks_per_tile
+    parts = {
+        "query_smem": swizzled((*rows, head_dim), dtype),
+        "key_smem": tile,
+        "value_smem": tile,
+        "part_smem": Buffer((*rows, head_dim), out_dtype),
+        "lse_smem": Buffer(rows, "float32"),
+        # of the keys, then of the values; fewer arrays of barriers take fewer registers
+        "full": Barriers(2 * plan.stages, copies),
+        "empty": Barriers(2 * plan.stages, CONSUMERS),
+        # what a consumer waits for besides: its query, its turn, the other one
+        "signals": Barriers(3 * CONSUMERS),
+        "query_empty": Barriers(CONSUMERS),
+    }
+    if plan.has_swizzled_out:
+        parts["out_smem"] = swizzled((*rows, head_dim), out_dtype)
+    return parts

@@ -1,0 +1,79 @@
+"""The GPU prefill kernel, in the Mosaic GPU interpreter, against the float64 oracle."""
+
+import jax
+import numpy as np
+import pytest
+from gpu_interpreter import NEEDS_JAX, TIME_LIMIT
+from kernel_checks import assert_matches_oracle
+from test_gpu_attention import attend, one_problem
+
+import paged_kv
+
+pytestmark = [NEEDS_JAX, TIME_LIMIT, pytest.mark.usefixtures("quick_compiles")]
+
+
+def assert_runs_prefill(problem):
+    """The batch is not left to another kernel."""
+
+    def call(query, cache, starts):
+        return paged_kv.paged_attention(
+            query, cache, query_start_loc=starts, implementation="mosaic_gpu"
+        )
+
+    jaxpr = jax.make_jaxpr(call)(problem.query, problem.cache, problem.query_start_loc)
+    assert "paged_prefill" in str(jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "sizes"),
+    [
+        ([150, 75], [70, 75], {"head_dim": 128}),
+        ([90, 140, 9], [60, 131, 1], {"head_dim": 64, "block_size": 32, "group": 1}),
+        ([70], [68], {"head_dim": 80, "block_size": 128, "group": 3}),
+        ([300], [66], {"head_dim": 96, "block_size": 256, "num_kv_heads": 2}),
+    ],
+    ids=["two_heads", "one_head", "odd_group", "large_block"],
+)
+def test_ragged_batches(lengths, counts, sizes):
+    problem = one_problem(lengths, counts, **{"block_size": 16, **sizes})
+    assert_runs_prefill(problem)
+    assert_matches_oracle(problem, attend(problem))
+
+
+@pytest.fixture
+def mutate(monkeypatch):
+    """Breaks the kernel, to show that the tests above can fail."""
+    jax.clear_caches()
+    yield monkeypatch.setattr
+    jax.clear_caches()
+
+
+STEP = "paged_kv.kernels.gpu.prefill_step"
+
+
+def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
+    mutate(f"{STEP}.clear_tail", lambda *args: None)
+    out, _ = attend(one_problem([70], [66]))
+    assert np.isnan(np.asarray(out, np.float32)).any()
+
+
+def test_a_slot_released_too_early_shows(mutate):
+    """Plain reads stand for wgmma in the interpreter, which does not track the latter."""
+    from paged_kv.kernels.gpu.blocks import Ring
+
+    await_full, release = Ring.await_full, Ring.release
+
+    def await_and_release(self, step):
+        await_full(self, step)
+        release(self, step)
+
+    mutate(Ring, "await_full", await_and_release)
+    mutate(Ring, "release", lambda self, step: None)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        attend(one_problem([400], [64], block_size=64))
+
+
+def test_consumers_that_do_not_meet_after_clearing_values_show(mutate):
+    mutate("paged_kv.kernels.gpu.prefill_cta.Cta.meet", lambda self, consumer: None)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        attend(one_problem([70], [66]))
