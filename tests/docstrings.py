@@ -98,6 +98,12 @@ def of_call(name: str, function: Any) -> Subject:
     return Subject(name, inspect.getdoc(function) or "", parameters, signature.return_annotation)
 
 
+def module_docstring(source: str) -> str:
+    """That of a file, read off its first characters: no need to parse hundreds of files."""
+    found = re.match(r'"""(.*?)"""', source, re.DOTALL)
+    return found[1] if found else ""
+
+
 Known = Mapping[str, Subject]  # all subjects, by each name that a docstring may call them
 
 

@@ -4,6 +4,7 @@ The rules are in `docstrings`, the names in `public_names`.  That Raises names w
 no more, is seen in test_contract_errors, where everything is raised.
 """
 
+from pathlib import Path
 from typing import Any
 
 import docstrings
@@ -14,6 +15,7 @@ import pytest
 
 import paged_kv
 
+ROOT = Path(__file__).parent.parent
 OWN: tuple[str, ...] = ()
 VLLM = ("vLLM",)
 PAGED = ("PagedAttention", "vLLM")
@@ -141,6 +143,15 @@ def test_constants_are_explained_where_they_are_used():
         assert any(of in each.subject.text for each in public_names.named().values())
 
 
+@pytest.mark.parametrize("folder", ["paged_kv", "kernels", "benchmarks", "tools", "tests"])
+def test_every_file_says_its_idea_in_one_line(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        text = docstrings.module_docstring(file.read_text("utf-8"))
+        assert not list(docstrings.summary(docstrings.Subject(str(file), text))), file
+
+
 def test_names_are_found_on_every_floor():
     names = public_names.named()
     for name in (
@@ -261,3 +272,5 @@ def test_a_source_is_named_where_it_is_owed_and_only_there():
 
 def test_no_docstring_is_no_summary():
     assert list(docstrings.summary(docstrings.Subject("empty", "")))
+    assert docstrings.module_docstring('import this\n\n"""Not it."""\n') == ""
+    assert docstrings.module_docstring('"""It.\n\nMore.\n"""\n\nimport this\n') == "It.\n\nMore.\n"

@@ -71,7 +71,11 @@ def test_every_shape_gets_units_that_fit(dtype, step):
 
 
 def test_decode_takes_the_smallest_unit_and_prefill_whole_blocks():
-    units = lambda *args: append_plan.plan_units(append_problem_of(*args)).unit.block_size  # pyright: ignore[reportOptionalMemberAccess]
+    def units(*args):
+        cut = append_plan.plan_units(append_problem_of(*args))
+        assert cut is not None
+        return cut.unit.block_size
+
     assert units(128, 64, (8, 4), "bfloat16", (None, 8)) == 2
     assert units(128, 64, (1, 4), "bfloat16", (None, 8)) == 16
     assert units(128, 64, (8, 4), "bfloat16", (160, 8)) == 32
