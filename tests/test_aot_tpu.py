@@ -42,10 +42,12 @@ FUSED = "paged_append_and_decode"
 
 
 def assert_kernels(compiled, others=frozenset({"paged_append"})):
-    """One kernel attends, which one is the plan's choice; the others are these."""
+    """One kernel attends, which one is the plan's choice, or two, of which one takes the rows of
+    one token; the others are these."""
     kernels = aot_tpu.kernels_of(compiled)
-    assert len(kernels - others) == 1
-    assert kernels - others < {"paged_attention", "paged_decode", "paged_prefill"}
+    attend = {"paged_attention", "paged_decode", "paged_prefill"}
+    assert len(kernels - others - {"paged_decode"}) <= 1
+    assert kernels - others and kernels - others <= attend
     assert kernels >= others
 
 
@@ -75,17 +77,17 @@ def test_kernels_compile_in_every_combination(target, head_dim):
 
 
 @pytest.mark.parametrize(
-    "tokens, heads, kernel",
+    "tokens, heads, kernels",
     [
-        (None, (64, 1), "paged_attention"),
-        (128, (8, 4), "paged_attention"),
-        (384, (8, 4), "paged_prefill"),
+        (None, (64, 1), {"paged_attention"}),
+        (128, (8, 4), {"paged_attention", "paged_decode"}),
+        (384, (8, 4), {"paged_prefill", "paged_decode"}),
     ],
 )
-def test_kernels_fit_the_smallest_vmem(tokens, heads, kernel):
+def test_kernels_fit_the_smallest_vmem(tokens, heads, kernels):
     """v4 has 16 MiB; 64 kv heads at block size 128 are copied in parts."""
     case = aot_tpu.Case("v4", 128, 128, *heads, "bfloat16", tokens, 4)
-    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {kernel, "paged_append"}
+    assert aot_tpu.kernels_of(aot_tpu.step(case)) == {*kernels, "paged_append"}
 
 
 def test_a_table_of_256_sequences_of_a_million_tokens_compiles():
@@ -139,29 +141,28 @@ def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_token
 
 
 @pytest.mark.parametrize(
-    "heads, num_tokens, kernel",
+    "heads, num_tokens, kernels",
     [
-        ((8, 64), None, FUSED),
-        ((8, 64), 384, "paged_prefill"),
-        ((3, 64), None, "paged_attention"),
-        ((8, 80), None, "paged_attention"),
-        ((8, 96), None, "paged_attention"),
-        ((4, 192), 384, "paged_attention"),
+        ((8, 64), None, {FUSED}),
+        ((8, 64), 384, {"paged_prefill", "paged_decode", "paged_append"}),
+        ((3, 64), None, {"paged_attention", "paged_append"}),
+        ((8, 80), None, {"paged_attention", "paged_append"}),
+        ((8, 96), None, {"paged_attention", "paged_append"}),
+        ((4, 192), 384, {"paged_attention", "paged_append"}),
     ],
 )
-def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(heads, num_tokens, kernel):
+def test_donated_step_over_a_packed_stack_copies_no_pool_on_v6e(heads, num_tokens, kernels):
     """Pools take the bytes of their tokens, and a step next to nothing besides."""
     num_kv_heads, head_dim = heads
     sizes = dataclasses.replace(
         SIZES, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=32, packed=True
     )
     compiled = steps.compile_donated(sizes, num_tokens, aot_tpu.sharding("v6e"))
-    others = set() if kernel == FUSED else {"paged_append"}
-    assert aot_tpu.kernels_of(compiled) == {kernel, *others}
+    assert aot_tpu.kernels_of(compiled) == kernels
     hlo.assert_updated_in_place(compiled, sizes.layer_elements)
     memory, pools = compiled.memory_analysis(), 2 * 2 * sizes.num_layers * sizes.layer_elements
     assert pools < memory.alias_size_in_bytes <= memory.argument_size_in_bytes < pools + (4 << 20)
-    assert memory.temp_size_in_bytes < 4 << 20
+    assert memory.temp_size_in_bytes < 8 << 20
 
 
 @pytest.mark.parametrize("target", aot_tpu.TARGETS)

@@ -13,7 +13,7 @@ from tpu_interpreter import INTERPRETERS, no_races
 
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.tpu import device, prefill
+from paged_kv.kernels.tpu import device, mixed, prefill
 from paged_kv.kernels.tpu import plan as tpu_plans
 from paged_kv.kernels.tpu import prefill_plan as plans
 
@@ -38,6 +38,7 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Items in groups of two, and tiles of two short parts, so that there are several of each."""
+    monkeypatch.setattr(mixed, "single_tokens", lambda problem: None)  # all by the one kernel
     monkeypatch.setattr(plans, "MIN_TOKENS", 1)
     monkeypatch.setattr(plans, "ITEM_ROWS", 128)
     monkeypatch.setattr(plans, "PART_KEYS", 128)

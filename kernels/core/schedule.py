@@ -71,6 +71,8 @@ class Schedule:
       made_for: the facts it was made for.
       work: what backends made of it besides, by implementation; one that misses its own makes it
         in every call.
+      is_apart: bool (batch,), sequences of a packed batch whose query tokens another call takes, so
+        that none of this call's tiles are theirs; None: there are none.
 
     Source: the plan of FlashInfer (Ye et al., 2025), made once per step and shared by all layers.
     """
@@ -79,6 +81,14 @@ class Schedule:
     starts: Array | None
     made_for: MadeFor = field(metadata={"static": True})
     work: Mapping[str, BackendWork] = field(default_factory=dict)
+    is_apart: Array | None = None
+
+    @property
+    def query_lengths(self) -> Array:
+        """int32 (batch,), query tokens that this call takes."""
+        starts = self.query_start_loc
+        counts = starts[1:] - starts[:-1]
+        return counts if self.is_apart is None else jnp.where(self.is_apart, 0, counts)
 
     @property
     def query_start_loc(self) -> Array:
@@ -139,8 +149,7 @@ def tile_queries(
         return QueryTiles(
             tile, tile, jnp.ones_like(tile), last, lengths, *variant.kv_range(last, last, lengths)
         )
-    starts = schedule.query_start_loc
-    counts = starts[1:] - starts[:-1]
+    starts, counts = schedule.query_start_loc, schedule.query_lengths
     ends = _tile_ends(counts, tile_tokens)
     sequence = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
     is_used = sequence < batch
@@ -171,12 +180,12 @@ def gather_tiles(query: Array, tiles: QueryTiles, tile_tokens: int, is_packed: b
 def untile(schedule: Schedule, out: Array, lse: Array, *, num_tokens: int) -> tuple[Array, Array]:
     """Packed results of tiles: (num_tiles, tile_tokens, ...) to (num_tokens, ...).
 
-    Padding tokens get 0 and -inf.
+    Padding tokens get 0 and -inf, those of sequences apart anything.
     """
     if not schedule.made_for.is_packed:
         return out[:, 0], lse[:, 0]
     starts, tile_tokens = schedule.query_start_loc, out.shape[1]
-    ends = _tile_ends(starts[1:] - starts[:-1], tile_tokens)
+    ends = _tile_ends(schedule.query_lengths, tile_tokens)
     token = layout.locate_tokens(starts, schedule.seq_lengths, num_tokens)
     before = jnp.where(token.sequence > 0, ends[token.sequence - 1], 0)
     tile = jnp.clip(before + token.step_index // tile_tokens, 0, out.shape[0] - 1)

@@ -23,7 +23,7 @@ from ..core.layout import result
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
 from ..core.variant import LOG2E
-from . import decode, packed, prefill
+from . import decode, mixed, packed, prefill
 from . import plan as plans
 from .blocks import (
     COMPILER_PARAMS,
@@ -113,13 +113,37 @@ def _attend_rows(
     *,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    """The kernel for the problem; a row of the query is as wide as the rows its head lies in."""
-    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-    decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
-    if decode_plan is not None:
-        return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
-    if prefill_plan is not None:
-        return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
+    """The kernels for the problem; a row of the query is as wide as the rows its head lies in."""
+    pools = (key_pool, value_pool, block_table)
+
+    def run(problem: Problem, query: Array, schedule: Schedule) -> tuple[Array, Array]:
+        arrays = (query, *pools, schedule, alibi_slopes, layer)
+        decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
+        if decode_plan is not None:
+            return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+        if prefill_plan is not None:
+            return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
+        return _attend_tiles(problem, *arrays, interpret=interpret)
+
+    singles = mixed.single_tokens(problem)
+    if singles is None or decode.plan_of(singles) is None:
+        return run(problem, query, schedule)
+    return mixed.attend(problem, partial(run, singles), partial(run, problem), query, schedule)
+
+
+def _attend_tiles(
+    problem: Problem,
+    query: Array,
+    key_pool: Array,
+    value_pool: Array,
+    block_table: Array,
+    schedule: Schedule,
+    alibi_slopes: Array | None,
+    layer: Array,
+    *,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """The kernel of this module, which runs every problem."""
     plan = plans.plan_attention(problem)
     assert plan is not None, "unsupported() comes first"
     num_heads, width = query.shape[1:]

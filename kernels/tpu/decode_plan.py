@@ -23,7 +23,8 @@ STEP_ROWS = 8192  # rows of a step below which latencies show
 SMALL_STEP_ROWS = 4096  # the same where copies limit
 MANY_HEADS = 32  # query heads, more of which take too many registers
 CHUNK_ROWS = 256  # (token, kv head) rows of a product
-LONG_CHUNK_ROWS = 512  # the same with many query heads: sums pass through memory half as often
+# the same where copies limit, and with many query heads: sums pass through memory half as often
+LONG_CHUNK_ROWS = 512
 MAX_ITEMS = 8  # of a step
 QUERY_BYTES = 2 << 20  # queries, and new tokens, of a program
 COMPILER_BYTES = 2 << 20  # left to the compiler
@@ -152,7 +153,7 @@ def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
     blocks = _most_blocks(cache.rows_per_block, cache.block_size, columns)
     while blocks:
         tile_rows = blocks * cache.rows_per_block
-        chunk = _chunk_rows(heads, tile_rows)
+        chunk = _chunk_rows(tile_rows, is_long=is_small or heads > MANY_HEADS)
         most_items = cache.batch * -(-columns // blocks)
         has_one_tile = columns <= blocks
         most = min(MAX_ITEMS, step_rows // tile_rows, most_items) if has_one_tile else 1
@@ -179,9 +180,9 @@ def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
         blocks //= 2
 
 
-def _chunk_rows(heads: int, tile_rows: int) -> int | None:
+def _chunk_rows(tile_rows: int, *, is_long: bool) -> int | None:
     """Rows of a product; None if the tile has no whole number of them."""
-    most = LONG_CHUNK_ROWS if heads > MANY_HEADS else CHUNK_ROWS
+    most = LONG_CHUNK_ROWS if is_long else CHUNK_ROWS
     return next((n for n in (most, CHUNK_ROWS, LANES) if tile_rows % n == 0), None)
 
 
