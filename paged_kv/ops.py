@@ -36,6 +36,10 @@ def append_tokens(
     a token without a valid slot is dropped and nothing else changes; so are padding tokens, and
     with `query_start_loc=None` the token of a row whose length is 0.
 
+    A row appends to blocks of its own (`BlockAllocator` sees to it; blocks that rows only read may
+    be shared).  If two rows append to one block in a step, no other slot changes, but a new token
+    may be lost: a kernel may rewrite the few slots around it as they were.
+
     Args:
       cache: of one layer, or a stack with `layer`.
       keys, values: (num_tokens, num_kv_heads, head_dim), packed new tokens, which are cast to the
