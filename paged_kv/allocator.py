@@ -119,7 +119,7 @@ class BlockAllocator(Sequences):
         validate.positive_ints({"num_blocks": num_blocks, "block_size": block_size})
         self.enable_prefix_caching = enable_prefix_caching
         self._events: list[BlockStored | BlockRemoved] = []
-        index = PrefixIndex(block_size, self._events.append if record_events else None)
+        index = PrefixIndex(num_blocks, block_size, self._events.append if record_events else None)
         super().__init__(num_blocks, block_size, index, scrub_on_reuse)
         self._queries = self._hits = 0
 
@@ -272,7 +272,7 @@ class BlockAllocator(Sequences):
                     "call paged_kv.defragment, which does"
                 )
             rows = [sequence.held for sequence in self._sequences.values()]
-            order = list(dict.fromkeys(chain(*rows, reversed(self._index.idle))))
+            order = list(dict.fromkeys(chain(*rows, reversed(self._index.idle.in_order()))))
             new_id = plan_moves(order, max_moves)
             for sequence in self._sequences.values():
                 sequence.rename(new_id)

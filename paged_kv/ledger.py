@@ -35,8 +35,7 @@ class Ledger:
         if missing <= 0:
             blocks = self.free.take(num_blocks, after)
         else:
-            evicted = sorted(self.index.evict() for _ in range(missing))
-            blocks = self.free.take(self.free.count, after) + array("i", evicted)
+            blocks = self.free.take(self.free.count, after) + self.index.evict(missing)
         if self._is_scrubbing:
             self.scrubs.update(dict.fromkeys(blocks))
         self._note_peak()
@@ -47,26 +46,23 @@ class Ledger:
         shares, idle = self.shares, self.index.idle
         for block in blocks:
             if block in idle:
-                del idle[block]
+                idle.remove(block)
             else:
                 shares[block] = shares.get(block, 0) + 1
         self._note_peak()
 
     def release(self, blocks: array) -> None:
         """Takes one holder from each block; of those cached the last is evicted first."""
-        shares, cached = self.shares, self.index.node_of
-        if _has_none_of(shares, blocks) and _has_none_of(cached, blocks):
-            freed = blocks
-        else:
-            freed = array("i")
-            for block in reversed(blocks):
+        shares = self.shares
+        if shares and not shares.keys().isdisjoint(blocks):
+            left = array("i")
+            for block in blocks:
                 if block in shares:
                     self._unshare(block)
-                elif block in cached:
-                    self.index.idle[block] = None
                 else:
-                    freed.append(block)
-            freed.reverse()  # so that runs stay runs
+                    left.append(block)
+            blocks = left
+        freed = self.index.set_aside(blocks)
         self.free.give(freed)
         if self.copies:
             for block in freed:
@@ -80,10 +76,8 @@ class Ledger:
 
     def forget_cached(self) -> None:
         """Makes all blocks unknown; those that nobody holds become free."""
-        self.free.give(array("i", self.index.idle))
-        self.index.idle.clear()
-        for block in list(self.index.node_of):
-            self.index.forget(block)
+        self.free.give(array("i", self.index.idle.in_order()))
+        self.index.forget_all()
 
     def move(self, new_id: dict[int, int]) -> None:
         """Blocks have moved: block b is at `new_id[b]`."""
@@ -96,7 +90,7 @@ class Ledger:
     def problems(self, rows: Sequence[array]) -> list[str]:
         """What contradicts `rows`, the blocks that each sequence holds."""
         holders = Counter(block for row in rows for block in row)
-        idle, cached = set(self.index.idle), self.index.node_of.keys()
+        idle, cached = set(self.index.idle.in_order()), set(self.index.known_blocks())
         shares = {block: count - 1 for block, count in holders.items() if count > 1}
         free = set(range(self.num_blocks)) - holders.keys() - idle
         good = {
@@ -121,7 +115,3 @@ class Ledger:
             del self.shares[block]
         else:
             self.shares[block] = count - 1
-
-
-def _has_none_of(keys: dict[int, int], blocks: array) -> bool:
-    return not keys or keys.keys().isdisjoint(blocks)

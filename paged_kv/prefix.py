@@ -6,16 +6,25 @@ and compares both, so that no collision can find another prefix.  Each tenant's 
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from .idle_blocks import IdleBlocks
+
 TOKEN_BYTES = NUMBER_BYTES = 4
 
 Tokens = Sequence[int] | np.ndarray
 Salt = str | bytes | None
+
+# Fewer blocks than this are handled one by one; NumPy's calls take longer.
+FEW = 8
+# Dead nodes looked at for each block stored, and whenever one dies by itself.
+SWEEP = 2
+# A node of -1 among others as bytes.  Other nodes' bytes may look like it: it may be, or is not.
+UNKNOWN = array("i", [-1]).tobytes()
 
 
 class BlockStored(NamedTuple):
@@ -55,22 +64,31 @@ class BlockRemoved(NamedTuple):
 class PrefixIndex:
     """Finds cached blocks by their tokens, and lists those that may be evicted, oldest first.
 
-    A node, which is an int, is one prefix of full blocks.  When its last block is evicted it stays,
-    with a block of -1, while it has children: they are found again once it is filled again.  Plain
-    ints and bytes in flat tables: a million small objects would make the garbage collector pause.
+    A node, which is an int, is one prefix of full blocks, and filled while the block it names names
+    it.  When its last block is evicted it stays while it has children: they are found again once it
+    is filled again.  Plain ints and bytes in flat tables: a million small objects would make the
+    garbage collector pause.
+
+    Somebody waits for the blocks that are evicted, so that is one write to each; nodes that died
+    by it are dropped a few at a time as others are stored.
 
     Source: the block hashes of vLLM, the tree of SGLang's RadixAttention (Zheng et al., 2024).
     """
 
-    def __init__(self, block_size: int, record: Callable[..., None] | None) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, record: Callable[..., None] | None
+    ) -> None:
         self.evictions = 0
-        self.node_of: dict[int, int] = {}  # block -> node
-        self.idle: OrderedDict[int, None] = OrderedDict()  # cached, held by no sequence
+        self.num_known = 0  # cached blocks
+        self.idle = IdleBlocks(num_blocks)  # those that no sequence holds
+        self._node_of = array("i", [-1]) * num_blocks  # by block; -1: not cached
+        self._nodes = np.frombuffer(self._node_of, np.int32)  # the same memory
         self._find: dict[bytes, int] = {}  # parent's number and tokens -> node
         self._keys: list[bytes] = []  # by node, like all below
         self._parents, self._blocks = array("i"), array("i")
         self._uses = array("i")  # children, and sequences that stand here
         self._unused = array("i")  # nodes to use again
+        self._dead = array("i")  # with neither block nor use, perhaps, when they came here
         self._chunk = block_size * TOKEN_BYTES
         self._record = record
         self._hashes: list[bytes] = []  # where events are recorded
@@ -78,6 +96,14 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Nodes."""
         return len(self._find)
+
+    def knows(self, block: int) -> bool:
+        """Whether a block is cached."""
+        return self._node_of[block] >= 0
+
+    def known_blocks(self) -> list[int]:
+        """All cached blocks."""
+        return np.flatnonzero(self._nodes >= 0).tolist()
 
     def root(self, salt: Salt) -> int:
         """Where a tenant's prefixes start: a node to `stand` on."""
@@ -89,23 +115,25 @@ class PrefixIndex:
 
     def walk(self, node: int, data: bytes) -> Iterator[tuple[int, int]]:
         """(node, block) along the longest known prefix of `data`, from the child of `node` on."""
-        chunk, find, blocks = self._chunk, self._find, self._blocks
+        chunk, find, blocks, nodes = self._chunk, self._find, self._blocks, self._node_of
         for start in range(0, len(data) - chunk + 1, chunk):
             node = find.get(_number(node) + data[start : start + chunk], -1)
-            if node < 0 or blocks[node] < 0:
+            if node < 0 or nodes[block := blocks[node]] != node:
                 return
-            yield node, blocks[node]
+            yield node, block
 
     def store(self, node: int, data: bytes, blocks: Iterable[int]) -> int:
         """Makes `blocks`, which hold `data` after `node`, findable; returns the last node.
 
         A block whose content is known already, in another block, stays unknown.
         """
+        self._sweep(SWEEP * len(data) // self._chunk)  # before: nothing yet keeps the last node
         for number, block in enumerate(blocks):
             tokens = data[number * self._chunk : (number + 1) * self._chunk]
             parent, node = node, self._child(node, tokens)
-            if self._blocks[node] < 0 <= block:
-                self._blocks[node], self.node_of[block] = block, node
+            if block >= 0 and not self._is_filled(node):
+                self._blocks[node], self._node_of[block] = block, node
+                self.num_known += 1
                 if self._record:
                     hashes, ids = self._hashes, tuple(array("i", tokens))
                     self._record(BlockStored(hashes[node], hashes[parent], ids, block))
@@ -121,20 +149,57 @@ class PrefixIndex:
             node = self._parents[node]
         return node
 
-    def evict(self) -> int:
-        """Forgets the block that was idle for longest, and returns it."""
-        block, _ = self.idle.popitem(last=False)
-        self.evictions += 1
-        self.forget(block)
-        return block
+    def set_aside(self, blocks: array) -> array:
+        """Of blocks that nobody holds any more, keeps the cached ones and returns the others.
+
+        The last are to be evicted first.
+        """
+        if not self.num_known:
+            return blocks
+        if len(blocks) < FEW:
+            for block in reversed(blocks):
+                if self._node_of[block] >= 0:
+                    self.idle.add_one(block)
+            return array("i", [block for block in blocks if self._node_of[block] < 0])
+        ids = np.frombuffer(blocks, np.int32)
+        nodes = self._nodes.take(ids)
+        known = len(ids)  # without those at the end that were not committed, if they are few
+        while known > len(ids) - FEW and self._node_of[blocks[known - 1]] < 0:
+            known -= 1
+        if UNKNOWN not in nodes[:known].tobytes():
+            self.idle.add(ids[:known][::-1])
+            return blocks[known:]
+        is_known = nodes >= 0
+        self.idle.add(ids[is_known][::-1])
+        return array("i", ids[~is_known].tobytes())
+
+    def evict(self, num_blocks: int) -> array:
+        """Forgets blocks that were idle for longest; returns them, each sequence's in its order."""
+        blocks = self.idle.take(num_blocks)
+        self.evictions += num_blocks
+        self._forget(blocks)
+        return array("i", blocks[::-1].tobytes())
 
     def forget(self, block: int) -> None:
         """Makes a block unknown."""
-        node = self.node_of.pop(block)
-        self._blocks[node] = -1
+        self._forget(np.array([block], np.int32))
+        self._sweep(SWEEP)
+
+    def forget_all(self) -> None:
+        """Makes all blocks unknown; none is idle."""
+        self.idle.clear()
+        self._forget(np.flatnonzero(self._nodes >= 0).astype(np.int32))
+        while self._dead:
+            self._sweep(len(self._dead))
+
+    def _forget(self, blocks: np.ndarray) -> None:
+        nodes = self._nodes.take(blocks)
         if self._record:
-            self._record(BlockRemoved(self._hashes[node], block))
-        self._prune(node)
+            for node, block in zip(nodes.tolist(), blocks.tolist(), strict=True):
+                self._record(BlockRemoved(self._hashes[node], block))
+        self._nodes.put(blocks, -1)
+        self.num_known -= len(blocks)
+        self._dead.frombytes(nodes.tobytes())
 
     def stand(self, node: int) -> int:
         """Keeps a node, for a sequence that ends there."""
@@ -144,14 +209,18 @@ class PrefixIndex:
     def leave(self, node: int) -> None:
         """Undoes `stand`."""
         self._uses[node] -= 1
-        self._prune(node)
+        if self._uses[node] == 0 and not self._is_filled(node):
+            self._dead.append(node)
+            self._sweep(SWEEP)
 
     def rename(self, new_id: dict[int, int]) -> None:
         """Blocks have moved: block b is at `new_id[b]`."""
-        self.node_of = {new_id.get(block, block): node for block, node in self.node_of.items()}
-        for block, node in self.node_of.items():
-            self._blocks[node] = block
-        self.idle = OrderedDict.fromkeys(new_id.get(block, block) for block in self.idle)
+        old = np.flatnonzero(self._nodes >= 0)
+        nodes, new = self._nodes[old], [new_id.get(block, block) for block in old.tolist()]
+        self._nodes[old] = -1
+        self._nodes[new] = nodes
+        np.frombuffer(self._blocks, np.int32)[nodes] = new
+        self.idle.rename(new_id)
 
     def is_sound(self, standing: Iterable[int]) -> bool:
         """Whether the tree agrees with itself and with the nodes that sequences stand on."""
@@ -162,10 +231,16 @@ class PrefixIndex:
             uses.keys() <= set(nodes)
             and all(self._find[self._keys[node]] == node for node in nodes)
             and all(self._uses[node] == uses[node] for node in nodes)
-            and all(self._blocks[node] >= 0 or uses[node] for node in nodes)
-            and {b: n for n in nodes if (b := self._blocks[n]) >= 0} == self.node_of
+            and all(self._is_filled(n) or uses[n] for n in set(nodes).difference(self._dead))
+            and {self._blocks[node]: node for node in nodes if self._is_filled(node)}
+            == {block: self._node_of[block] for block in self.known_blocks()}
+            and self.num_known == len(self.known_blocks())
+            and self.idle.is_sound()
             and sorted([*nodes, *self._unused]) == list(range(len(self._keys)))
         )
+
+    def _is_filled(self, node: int) -> bool:
+        return self._node_of[self._blocks[node]] == node  # -1, too, names a block, of another node
 
     def _child(self, parent: int, tokens: bytes) -> int:
         """The node after `parent`, made where there is none."""
@@ -191,15 +266,21 @@ class PrefixIndex:
             self._hashes[node] = hashlib.blake2b(content, digest_size=16).digest()
         return node
 
-    def _prune(self, node: int) -> None:
-        """Drops a node that has neither block nor use, then its parents for the same reason."""
-        while node >= 0 and self._blocks[node] < 0 and self._uses[node] == 0:
-            del self._find[self._keys[node]]
-            self._keys[node] = b""
+    def _sweep(self, limit: int) -> None:
+        """Drops of the next dead nodes those that still have neither block nor use."""
+        dead, keys, uses = self._dead, self._keys, self._uses
+        for _ in range(min(limit, len(dead))):
+            node = dead.pop()
+            if self._is_filled(node) or uses[node] or not keys[node]:
+                continue  # filled or used again, or dropped already
+            del self._find[keys[node]]
+            keys[node] = b""
             self._unused.append(node)
-            node = self._parents[node]
-            if node >= 0:
-                self._uses[node] -= 1
+            parent = self._parents[node]
+            if parent >= 0:
+                uses[parent] -= 1
+                if uses[parent] == 0 and not self._is_filled(parent):
+                    dead.append(parent)
 
 
 def _number(node: int) -> bytes:

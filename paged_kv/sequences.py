@@ -126,7 +126,7 @@ class Sequences:
             if is_copied:
                 blocks[-1] = added.pop(0)
                 self._ledger.copy(tail, blocks[-1])
-            elif is_written and tail in self._index.node_of:  # committed, then truncated into
+            elif is_written and self._index.knows(tail):  # committed, then truncated into
                 self._index.forget(tail)
             blocks += added
             sequence.num_tokens = total

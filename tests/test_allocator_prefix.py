@@ -5,6 +5,7 @@ import pytest
 from allocators import allocator, cached
 
 import paged_kv
+from paged_kv import idle_blocks
 from paged_kv.prefix import BlockRemoved, BlockStored
 
 
@@ -105,3 +106,56 @@ def test_events_tell_what_can_be_found():
     salted.allocate("a", 4, salt="tenant")
     salted.commit("a", range(4))
     assert salted.take_events()[0].block_hash != first.block_hash
+
+
+def test_what_is_committed_evicted_and_committed_again_leaves_nothing_behind():
+    """However often: dead nodes and lapsed entries of the list are dropped as others come."""
+    blocks = allocator(enable_prefix_caching=True)
+    sizes = []
+    for turn in range(3000):
+        start = turn % 7 * 100
+        blocks.match_prefix("a", range(start, start + 17))
+        blocks.extend("a", 16 - blocks.num_tokens("a"))
+        blocks.commit("a", range(start, start + 16))
+        blocks.free("a")
+        index = blocks._index
+        sizes.append(len(index._dead) + len(index._keys) + len(index.idle._arrivals))
+    blocks.check_invariants()
+    assert max(sizes[1500:]) <= max(sizes[:1500]) < 2500
+    assert blocks.stats().evictions > 5000
+
+
+def test_a_prefix_without_blocks_of_its_own_is_stored_behind_a_window():
+    """Its blocks were given back; a node that died before is not dropped under its feet."""
+    blocks = cached(range(8))
+    blocks.allocate("all", 40)  # evicts both, whose nodes die
+    blocks.free("all")
+    blocks.allocate("a", 8)
+    blocks.trim_window("a", 0)
+    blocks.commit("a", range(8))
+    blocks.check_invariants()
+    blocks.free("a")
+    blocks.check_invariants()
+    assert blocks.find_prefix(range(9)) == 0
+
+
+def test_idle_blocks_go_in_the_order_in_which_they_came(monkeypatch):
+    """Beside a plain list, with lapsed entries in between and lists that are cut and rewritten."""
+    monkeypatch.setattr(idle_blocks, "LAPSED", 5)
+    rng, here, idle = np.random.default_rng(0), [], idle_blocks.IdleBlocks(30)
+    for _ in range(2000):
+        away = rng.permutation([block for block in range(30) if block not in here])
+        come = away[: rng.integers(0, 6)].astype(np.int32)
+        if len(come) == 1:
+            idle.add_one(int(come[0]))
+        else:
+            idle.add(come)
+        here += come.tolist()
+        for block in rng.permutation(here)[: rng.integers(0, 4)].tolist():
+            idle.remove(block)
+            here.remove(block)
+        count = int(rng.integers(0, len(here) + 1)) // 2
+        assert idle.take(count).tolist() == here[:count]
+        del here[:count]
+        assert idle.in_order() == here and len(idle) == len(here) and idle.is_sound()
+        assert [block for block in range(30) if block in idle] == sorted(here)
