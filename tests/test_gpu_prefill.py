@@ -1,9 +1,15 @@
 """The GPU prefill kernel, in the Mosaic GPU interpreter, against the float64 oracle."""
 
+import dataclasses
+import functools
+
+import gpu_interpreter
 import jax
+import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
-from gpu_interpreter import NEEDS_JAX, TIME_LIMIT
+from gpu_interpreter import NEEDS_JAX, TIME_LIMIT, interpreter
 from kernel_checks import assert_matches_oracle
 from test_gpu_attention import attend, one_problem
 
@@ -38,6 +44,25 @@ def test_ragged_batches(lengths, counts, sizes):
     problem = one_problem(lengths, counts, **{"block_size": 16, **sizes})
     assert_runs_prefill(problem)
     assert_matches_oracle(problem, attend(problem))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"local_window_size": (90, 0), "logits_soft_cap": 5.0, "has_slopes": True},
+        {"local_window_size": (70, 30), "is_causal": False, "scale": 0.3},
+    ],
+    ids=["window_cap_alibi", "two_sided"],
+)
+def test_variants(variant):
+    """Over several tiles of keys, the first of which no query sees."""
+    plain = one_problem([330, 70], [100, 70], head_dim=128, block_size=64)
+    slopes = jnp.asarray([0.1, 0.7]) if "has_slopes" in variant else None
+    form = dataclasses.replace(plain.form, **variant)
+    problem = dataclasses.replace(plain, form=form, alibi_slopes=slopes)
+    options = {"implementation": "mosaic_gpu", "interpret": interpreter()}
+    actual = gpu_interpreter.run(functools.partial(problems.attend, **options), problem)
+    assert_matches_oracle(problem, actual)
 
 
 @pytest.fixture

@@ -105,10 +105,11 @@ def test_a_list_without_tokens_still_names_every_row():
 
 
 @pytest.mark.parametrize("head_dim", plan.HEAD_DIMS)
-def test_every_plan_fits_shared_memory(head_dim):
+@pytest.mark.parametrize("has_alibi", [False, True])
+def test_every_plan_fits_shared_memory(head_dim, has_alibi):
     for block_size, group, dtype in ((8, 1, "float32"), (16, 8, "bfloat16"), (128, 3, "float16")):
         cache = replace(CACHE, head_dim=head_dim, block_size=block_size)
-        asked = problem(cache, group=group, query_dtype=dtype)
+        asked = problem(cache, group=group, query_dtype=dtype, has_alibi=has_alibi)
         made = prefill_plan.plan_of(asked)
         assert (made is None) == (head_dim > prefill_plan.MAX_HEAD_DIM)
         if made is not None:
@@ -120,10 +121,9 @@ def test_every_plan_fits_shared_memory(head_dim):
     [
         problem(num_tokens=64 * BATCH - 1),  # too few tokens for their tiles
         problem(replace(CACHE, block_size=24)),  # a tile would hold rows of no block
-        problem(window=(100, 0)),
         replace(problem(), is_packed=False),
     ],
-    ids=["short", "block", "window", "decode"],
+    ids=["short", "block", "decode"],
 )
 def test_what_another_kernel_takes(asked):
     assert prefill_plan.plan_of(asked) is None

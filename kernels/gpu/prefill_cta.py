@@ -56,7 +56,7 @@ class Cta(NamedTuple):
     @property
     def values(self) -> Ring:
         barriers = self.smem["full"], self.smem["empty"]
-        return Ring(self.smem["value_smem"], *barriers, first=self.plan.stages)
+        return Ring(self.smem["value_smem"], *barriers, first=self.plan.key_stages)
 
     def query_full(self, consumer: Any) -> Any:
         return self.smem["signals"].at[consumer]

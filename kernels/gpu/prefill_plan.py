@@ -21,7 +21,8 @@ from .plan import (
 
 CONSUMERS = 2  # warpgroups, each with WARPGROUP_ROWS query rows of one head
 ROW_GROUP = 8  # rows that a swizzled copy moves at once: query tiles start at a multiple
-STAGES = 2
+KEY_ROWS, FEW_KEY_ROWS = 128, 64  # of a tile; few where registers would not hold more scores
+RING_ROWS = 256  # of keys in flight; as many of values
 MIN_TOKENS = 64  # per sequence on average: fewer leave most rows of a query tile empty
 MAX_IDS = 4  # block ids that a copying warp reads ahead; more take registers it has not
 MAX_HEAD_DIM = 128
@@ -56,8 +57,10 @@ class PrefillPlan:
     cut: Cut
     heads_per_item: int
     parts: int  # items per query tile
-    stages: int
+    key_stages: int
+    value_stages: int
     copy_warps: int  # that bring keys; as many others bring values
+    has_maskless_loop: bool  # a loop without masks, for tiles that every row sees whole
     has_swizzled_out: bool  # whole tiles have a buffer of their own, without bank conflicts
     num_ctas: int
 
@@ -79,9 +82,12 @@ class PrefillPlan:
         return self.copies_per_warp <= MAX_IDS
 
 
-def cut_of(cache: CacheShape, num_query_heads: int, num_tokens: int) -> Cut | None:
+def cut_of(
+    cache: CacheShape, num_query_heads: int, num_tokens: int, *, has_alibi: bool = False
+) -> Cut | None:
     """How prefill over such a cache is cut, None where another kernel takes it."""
-    keys = KeyTiles.of_rows(cache.block_size, 1, 128)
+    has_few = has_alibi or cache.head_dim > MAX_HEAD_DIM
+    keys = KeyTiles.of_rows(cache.block_size, 1, FEW_KEY_ROWS if has_few else KEY_ROWS)
     is_supported = (
         cache.dtype in DTYPES
         and cache.head_dim in HEAD_DIMS
@@ -102,24 +108,36 @@ def _heads_per_item(group: int) -> int:
 
 def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | None:
     """The sizes for a problem, None where another kernel takes it."""
-    if not problem.is_packed or problem.variant.left is not None:
+    if not problem.is_packed:
         return None
-    cut = cut_of(problem.cache, problem.num_query_heads, problem.num_tokens)
+    cut = cut_of(
+        problem.cache,
+        problem.num_query_heads,
+        problem.num_tokens,
+        has_alibi=problem.variant.has_alibi,
+    )
     if cut is None:
         return None
     heads = _heads_per_item(problem.group)
     parts = problem.num_query_heads // heads
     limit = MAX_SIMULATED_CTAS if is_simulated else device.num_sms()
+    most = RING_ROWS // cut.keys.rows
+    # values are needed a step after their keys, so one slot does where two do not fit
+    stages = [(n, n) for n in range(most, 1, -1)] + [(2, 1)]
     candidates = (
         PrefillPlan(
             cut=cut,
             heads_per_item=heads,
             parts=parts,
-            stages=STAGES,
+            key_stages=key_stages,
+            value_stages=value_stages,
             copy_warps=gcd(2, cut.keys.blocks_per_tile),
+            # beside the scores of ALiBi it spills registers
+            has_maskless_loop=not problem.variant.has_alibi,
             has_swizzled_out=has_swizzled_out,
             num_ctas=min(parts * cut.num_tiles(problem.cache.batch), limit),
         )
+        for key_stages, value_stages in stages
         for has_swizzled_out in (True, False)
     )
     return next((p for p in candidates if smem_bytes(scratch(problem, p)) <= SMEM_BYTES), None)
@@ -130,17 +148,18 @@ def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | B
     head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
     rows = (CONSUMERS, WARPGROUP_ROWS)
     swizzled = lambda shape, dtype: Buffer(shape, dtype, swizzle_bytes(head_dim, dtype))
-    tile = swizzled((plan.stages, plan.keys.rows, head_dim), dtype)
+    tiles = lambda stages: swizzled((stages, plan.keys.rows, head_dim), dtype)
+    stages = plan.key_stages + plan.value_stages
     copies = plan.keys.blocks_per_tile
     parts = {
         "query_smem": swizzled((*rows, head_dim), dtype),
-        "key_smem": tile,
-        "value_smem": tile,
+        "key_smem": tiles(plan.key_stages),
+        "value_smem": tiles(plan.value_stages),
         "part_smem": Buffer((*rows, head_dim), out_dtype),
         "lse_smem": Buffer(rows, "float32"),
         # of the keys, then of the values; fewer arrays of barriers take fewer registers
-        "full": Barriers(2 * plan.stages, copies),
-        "empty": Barriers(2 * plan.stages, CONSUMERS),
+        "full": Barriers(stages, copies),
+        "empty": Barriers(stages, CONSUMERS),
         # what a consumer waits for besides: its query, its turn, the other one
         "signals": Barriers(3 * CONSUMERS),
         "query_empty": Barriers(CONSUMERS),

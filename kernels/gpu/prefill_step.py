@@ -69,9 +69,12 @@ def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
     def maskless(i: Any, carry: Carry) -> Carry:
         return _step(cta, consumer, rows, steps, i, carry, is_edge=False)
 
-    carry = lax.fori_loop(1, item.edge_visits, masked, carry)
-    carry = lax.fori_loop(item.edge_visits, item.full_visits, maskless, carry)
-    if cta.problem.variant.left is not None:
+    has_maskless = cta.plan.has_maskless_loop
+    stop = item.edge_visits if has_maskless else item.num_visits
+    carry = lax.fori_loop(1, stop, masked, carry)
+    if has_maskless:
+        carry = lax.fori_loop(item.edge_visits, item.full_visits, maskless, carry)
+    if has_maskless and cta.problem.variant.left is not None:
         carry = lax.fori_loop(item.full_visits, item.num_visits, masked, carry)
     plgpu.barrier_arrive(cta.query_empty(consumer))
     last = item.num_visits - 1
@@ -181,10 +184,16 @@ def _take_in(
 
 def _scores(cta: Cta, rows: Rows, i: Any, dots: Any) -> Any:
     """Of dot products, in units of log 2."""
-    iota = partial(plgpu.broadcasted_iota, jnp.int32, dots.shape, layout=WGMMA)
-    query_position = iota(0) + rows.first_position
-    key_position = iota(1) + _first_key(cta, rows, i)
-    return cta.problem.variant.score(dots, query_position, key_position, rows.slope, LOG2E)
+    variant, shape = cta.problem.variant, dots.shape
+    if not variant.has_alibi:
+        return variant.score(dots, None, None, None, LOG2E)
+    row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=blocks.PER_ROW)
+    column = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=blocks.PER_COLUMN)
+    # held back here: what follows from it would leave the loop and stay in registers
+    column = lax.optimization_barrier(column)
+    query_position = blocks.ROWS.expand(row + rows.first_position, shape)
+    key_position = lax.broadcast_in_dim(column + _first_key(cta, rows, i), shape, (1,))
+    return variant.score(dots, query_position, key_position, rows.slope, LOG2E)
 
 
 def _mask(cta: Cta, rows: Rows, i: Any, scores: Any) -> Any:
