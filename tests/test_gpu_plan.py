@@ -10,7 +10,7 @@ import pytest
 from paged_kv.kernels.core.problem import AppendProblem, CacheShape, Problem
 from paged_kv.kernels.core.schedule import QueryTiles
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, plan, unsupported_version
 from paged_kv.kernels.gpu.plan import KeyTiles
 
 GEOMETRIES = [
@@ -138,11 +138,18 @@ def test_every_plan_fits_shared_memory(head_dim, heads):
         assert made.num_ctas <= plan.NUM_SMS
 
 
-def test_warpgroups_hold_no_more_registers_than_a_cta_has():
-    """They would wait for each other for ever; a launch gives whole groups of 8 per thread."""
-    for consumers, registers in plan.CONSUMER_REGISTERS.items():
-        given = 65536 // (128 * (consumers + 1)) // 8 * 8
-        assert consumers * registers + plan.PRODUCER_REGISTERS <= (consumers + 1) * given
+@pytest.mark.parametrize(
+    ("consumers", "of_consumer", "of_producer"),
+    [(n, r, plan.PRODUCER_REGISTERS) for n, r in plan.CONSUMER_REGISTERS.items()]
+    + [
+        (n, r, decode_plan.PRODUCER_REGISTERS[n]) for n, r in decode_plan.CONSUMER_REGISTERS.items()
+    ],
+)
+def test_warpgroups_hold_no_more_registers_than_a_cta_has(consumers, of_consumer, of_producer):
+    """They would wait for each other for ever; a launch gives whole groups of 8 per thread, 248 at
+    most."""
+    given = min(248, 65536 // (128 * (consumers + 1)) // 8 * 8)
+    assert consumers * of_consumer + of_producer <= (consumers + 1) * given
 
 
 def test_a_simulated_plan_has_four_ctas_at_most():

@@ -1,0 +1,74 @@
+"""Decode and append as benchmarks/cases.py has them, and decode of any shape, for Hopper."""
+
+import pytest
+from pairwise import pairwise_rows
+from test_aot_gpu import ALL_AT_ONCE, IDS, assert_compiles
+from test_aot_gpu import pytestmark as pytestmark
+
+from benchmarks import cases
+from benchmarks.workload import APPEND
+from paged_kv.kernels.core.variant import Variant
+from paged_kv.kernels.gpu import plan
+from tools.gpu_compile.__main__ import compile_case
+
+BFLOAT16, FLOAT16 = ("bfloat16", "bfloat16"), ("float16", "float32")  # of pools, of the query
+PLAIN = Variant(1.0)
+AXES = {
+    "head_dim": plan.HEAD_DIMS,
+    "block_size": (8, 16, 32, 64, 128),
+    # kv heads, query heads per kv head: MQA to MHA, groups of 1 to 64, one and two warpgroups' rows
+    "heads": (
+        *((1, 1), (1, 8), (1, 40), (1, 64), (1, 128), (2, 64), (4, 16), (3, 5)),
+        *((8, 4), (8, 1), (32, 1), (64, 1), (66, 1)),
+    ),
+    "dtypes": (BFLOAT16, FLOAT16),
+    "variant": (
+        PLAIN,
+        Variant(1.0, window=(127, 0)),
+        Variant(1.0, is_causal=False, window=(7, 5)),
+        Variant(1.0, logits_soft_cap=30.0),
+        Variant(1.0, has_alibi=True),
+        ALL_AT_ONCE,
+    ),
+    "tokens": (None,),
+}
+# a producer of many small blocks, or of wide ones beside one consumer, once had too few registers
+SPILLED_ONCE = [
+    (64, 16, (1, 8), BFLOAT16, PLAIN, None),
+    (80, 8, (3, 5), BFLOAT16, PLAIN, None),
+    (256, 16, (1, 64), BFLOAT16, PLAIN, None),
+]
+
+
+@pytest.mark.parametrize("row", SPILLED_ONCE, ids=IDS)
+def test_decode_compiles_where_it_once_spilled(row):
+    assert_compiles(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", pairwise_rows(AXES, 90), ids=IDS)
+def test_decode_of_any_shape_compiles(row):
+    """Every pair of values of the table meets."""
+    assert_compiles(row)
+
+
+def is_taken(case):
+    """One token per sequence, or append, in a dtype that has a kernel."""
+    is_decode = case.query_lengths is None and case.dtype in plan.DTYPES
+    return is_decode or case.op == APPEND
+
+
+TABLE = [case.name for case in cases.CASES.values() if is_taken(case)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_a_case_compiles_without_spills_and_fits_an_sm(name):
+    kernels = compile_case(name, "H100").kernels
+    assert kernels
+    for kernel in kernels:
+        assert kernel.target == "sm_90a"
+        assert (kernel.spill_stores, kernel.spill_loads) == (0, 0)
+        assert kernel.smem_bytes is not None
+        assert kernel.smem_bytes <= plan.SMEM_BYTES
+        assert kernel.blocks_per_sm
