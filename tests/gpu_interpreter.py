@@ -1,5 +1,18 @@
 """The Mosaic GPU interpreter at its strictest: finds races, fresh memory is NaN.
 
+Its blind spots, so that passing here is not enough (ahead-of-time compiles and device_check.py see
+some of them):
+  - a wgmma with its left side in registers, or that starts from an accumulator, does not run at
+    all, and no wgmma is known to the race detector: `blocks.matmul` reads the operands plainly
+    instead, and those reads are tracked, so that a slot released too early shows
+  - CTAs run one after another: a race between CTAs, or a wait for another one, does not show
+  - the order of asynchronous wgmmas, TMA writes seen by another CTA, fences beyond `commit_smem`
+  - waits for registers (setmaxreg): warpgroups that hold more than a CTA has hang on a device only
+  - atomics, semaphores, predicated copies and inline code do not run
+  - a TMA copy outside an array fills zeros, as on the device: a wrong block id does not raise
+  - barrier phases left unawaited at the end of a kernel: reported by JAX 0.11, not by 0.12
+  - shared memory that does not fit, alignment, bank conflicts, spills, time
+
 Tests that use it need jax >= 0.11.2, and a limit on their time: a barrier that is never completed
 is waited for in C++, for ever.
 """

@@ -100,3 +100,13 @@ def test_append_inside_a_shard_map_that_checks_varying_axes():
     sharded = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=specs[0])
     after = gpu_interpreter.run(jax.jit(sharded), *step)
     assert_same_bits((after.key_pool, after.value_pool), appended(*step, None, None))
+
+
+def test_a_chunk_that_is_not_waited_for_shows(monkeypatch):
+    from paged_kv.kernels.gpu import append as kernel
+
+    jax.clear_caches()
+    monkeypatch.setattr(kernel.plgpu, "barrier_wait", lambda barrier: None)
+    with pytest.raises(Exception, match=r"(?i)race|barrier|phase"):
+        check(FORMS[0], 0)
+    jax.clear_caches()

@@ -215,3 +215,27 @@ def test_a_long_sequence_is_cut_for_all_ctas_and_joined():
         problem = one_problem([900], num_kv_heads=2, group=3, head_dim=128)
         assert_matches_oracle(problem, attend(problem))
     jax.clear_caches()
+
+
+def test_states_of_a_head_that_are_joined_too_early_show(mutate):
+    """In the second kernel of decode."""
+    mutate("paged_kv.kernels.gpu.combine.MANY_PIECES", 4)
+    mutate("paged_kv.kernels.gpu.combine._meet", lambda smem: None)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        attend(one_problem([300], num_kv_heads=2, group=1))
+
+
+def test_a_state_handed_over_too_early_shows(mutate):
+    """Between the consumers of decode."""
+    from paged_kv.kernels.gpu import decode
+
+    exchange = decode._exchange
+
+    def without_waiting(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode.plgpu, "barrier_wait", lambda barrier: None)
+            exchange(*args)
+
+    mutate(decode, "_exchange", without_waiting)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        attend(one_problem([300], num_kv_heads=2, group=1))

@@ -2,14 +2,8 @@
 
 The one gate to Pallas Mosaic GPU: importing this on a JAX that is too old says so.
 
-What the interpreter does not see, so that passing there is not enough:
-  - a wgmma whose left side is in registers, or that starts from an accumulator, does not run at
-    all, and no wgmma is known to the race detector: `matmul` reads the operands plainly instead,
-    and those reads are tracked, so that a slot released too early shows
-  - CTAs run one after another: nothing between CTAs is tested
-  - a TMA copy outside an array fills zeros, as on the device: a wrong block id does not raise
-  - waits for registers (setmaxreg), the order of wgmma in flight, bank conflicts, time
-  - barrier phases left unawaited at the end of a kernel: reported by JAX 0.11, not by 0.12
+`matmul` computes otherwise in the interpreter, which knows no race of a wgmma; what else it does
+not see is listed in tests/gpu_interpreter.py.
 """
 
 import inspect
