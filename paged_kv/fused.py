@@ -14,7 +14,7 @@ from . import dispatch, lazy
 from .dispatch import BACKENDS, Choice, Operands, Targets
 from .kernels.core.problem import AppendProblem, Problem
 
-FUSING = "mosaic_tpu"  # the backend that has such a kernel
+FUSING = ("mosaic_tpu", "mosaic_gpu")  # backends that have such a kernel
 
 
 def append_and_attend(
@@ -32,17 +32,20 @@ def append_and_attend(
     """(out, lse, key_pool, value_pool), differentiable as `dispatch.append` and `attend` are."""
     new = keys.astype(key_pool.dtype), values.astype(value_pool.dtype)
     arrays = (query, *new, key_pool, value_pool, slopes, operands, targets)
-    if not _is_fused(problems[1], choice):
+    if not _fusing(problems[1], choice):
         return _in_turn(problems, choice, *arrays)
     return _at_once(problems, choice, *dispatch.uniform(arrays))
 
 
-def _is_fused(problem: Problem, choice: Choice) -> bool:
-    """Whether some platform has one kernel for the problem."""
-    if problem.is_packed or choice.implementation not in (None, FUSING):
-        return False
-    module, reason = dispatch.load(FUSING, "attention", problem)
-    return module is not None and reason is None and module.can_append(problem)
+def _fusing(problem: Problem, choice: Choice) -> dict[str, Any]:
+    """The modules that have one kernel for the problem, by backend."""
+    modules = {}
+    for name in FUSING:
+        if not problem.is_packed and choice.implementation in (None, name):
+            module, reason = dispatch.load(name, "attention", problem)
+            if module is not None and reason is None and module.can_append(problem):
+                modules[name] = module
+    return modules
 
 
 def _in_turn(
@@ -55,9 +58,7 @@ def _in_turn(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _at_once(problems, choice, *arrays) -> Any:
-    module: Any = dispatch.load(FUSING, "attention", problems[1])[0]
-
-    def kernel_fn(query, keys, values, key_pool, value_pool, slopes, operands, targets):
+    def kernel_fn(module, query, keys, values, key_pool, value_pool, slopes, operands, targets):
         pools = dispatch.as_heads(problems[1], key_pool, value_pool)
         layer, is_layer = dispatch.safe_layer(operands.layer, pools[0])
         out, lse, key_rows, value_rows = module.append_and_attend(
@@ -75,16 +76,21 @@ def _at_once(problems, choice, *arrays) -> Any:
         )
         return out, lse, *dispatch.like(key_pool, (key_rows, value_rows))
 
-    if choice.implementation == FUSING:
-        return dispatch.batchable(kernel_fn)(*arrays)
+    modules = _fusing(problems[1], choice)
+    if choice.implementation is not None:
+        (module,) = modules.values()
+        return dispatch.batchable(partial(kernel_fn, module))(*arrays)
 
     def results(query, keys, values, key_pool, value_pool, *_):
         return query, query[..., 0].astype(jnp.float32), key_pool, value_pool
 
-    platform = BACKENDS[FUSING].platform
-    kernel = dispatch.batchable(lazy.on_platform(platform, kernel_fn, results))
+    branches = {}
+    for name, module in modules.items():
+        platform = BACKENDS[name].platform
+        kernel = lazy.on_platform(platform, partial(kernel_fn, module), results)
+        branches[platform] = dispatch.batchable(kernel)
     in_turn = partial(_in_turn, problems, choice)
-    return lax.platform_dependent(*arrays, **{platform: kernel}, default=in_turn)
+    return lax.platform_dependent(*arrays, **branches, default=in_turn)
 
 
 def _forward(problems, choice, *arrays):

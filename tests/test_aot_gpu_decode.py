@@ -1,14 +1,19 @@
 """Decode and append as benchmarks/cases.py has them, and decode of any shape, for Hopper."""
 
+import hlo
+import jax
 import pytest
+import steps
 from pairwise import pairwise_rows
-from test_aot_gpu import ALL_AT_ONCE, IDS, assert_compiles
+from test_aot_gpu import ALL_AT_ONCE, IDS, assert_compiles, problem_of
 from test_aot_gpu import pytestmark as pytestmark
 
+import paged_kv
 from benchmarks import cases
 from benchmarks.workload import APPEND
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import plan
+from paged_kv.kernels.gpu import decode_plan, plan
+from tools.gpu_compile import compiler
 from tools.gpu_compile.__main__ import compile_case
 
 BFLOAT16, FLOAT16 = ("bfloat16", "bfloat16"), ("float16", "float32")  # of pools, of the query
@@ -72,3 +77,48 @@ def test_a_case_compiles_without_spills_and_fits_an_sm(name):
         assert kernel.smem_bytes is not None
         assert kernel.smem_bytes <= plan.SMEM_BYTES
         assert kernel.blocks_per_sm
+
+
+SIZES = steps.Sizes(num_kv_heads=8, group=4, head_dim=128, num_blocks=1 << 14)
+
+
+def compile_step(sizes, *, is_fused):
+    """A decode step of one layer, appended and attended over at once or in turn."""
+    query, _, cache = steps.arguments(sizes)
+    new = jax.ShapeDtypeStruct((sizes.batch, sizes.num_kv_heads, sizes.head_dim), sizes.dtype)
+
+    def step(cache, query, new):
+        options = {"layer": 1, "implementation": "mosaic_gpu"}
+        if is_fused:
+            return paged_kv.append_and_attend(query, new, new, cache, **options)
+        cache = paged_kv.append_tokens(cache, new, new, **options)
+        return paged_kv.paged_attention(query, cache, **options), cache
+
+    return compiler.compile_for("H100", jax.jit(step, donate_argnums=0), cache, query, new)
+
+
+def test_a_fused_step_launches_one_kernel_less_and_copies_no_pool():
+    fused, in_turn = (compile_step(SIZES, is_fused=is_fused) for is_fused in (True, False))
+    assert {kernel.kernel for kernel in fused.kernels} == {"paged_decode", "paged_combine"}
+    assert all(kernel.spill_stores == kernel.spill_loads == 0 for kernel in fused.kernels)
+    counts = [len(hlo.launches(report.compiled)) for report in (fused, in_turn)]
+    assert counts[0] == counts[1] - 1
+    hlo.assert_updated_in_place(fused.compiled, SIZES.layer_elements)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(1, 8), (2, 4), (8, 4), (32, 1), (66, 1)])
+@pytest.mark.parametrize("head_dim", plan.HEAD_DIMS)
+def test_a_step_compiles_without_spills(head_dim, num_kv_heads, group):
+    """Fused where the plan of that fits."""
+    heads = {"num_kv_heads": num_kv_heads, "group": group}
+    sizes = steps.Sizes(**heads, head_dim=head_dim, num_blocks=1 << 14)
+    report = compile_step(sizes, is_fused=True)
+    assert "paged_decode" in {kernel.kernel for kernel in report.kernels}
+    assert all(kernel.spill_stores == kernel.spill_loads == 0 for kernel in report.kernels)
+
+
+def test_a_step_is_not_fused_where_the_producer_has_no_register_left():
+    problem = problem_of((64, 16, (1, 8), BFLOAT16, PLAIN, None))
+    assert decode_plan.plan_of(problem) is not None
+    assert decode_plan.plan_of(problem, appends=True) is None

@@ -138,18 +138,29 @@ def test_every_plan_fits_shared_memory(head_dim, heads):
         assert made.num_ctas <= plan.NUM_SMS
 
 
+def given_registers(consumers):
+    """Per thread; a launch gives whole groups of 8, and one thread 248 at most."""
+    return min(248, 65536 // (128 * (consumers + 1)) // 8 * 8)
+
+
+def test_warpgroups_hold_no_more_registers_than_a_cta_has():
+    """They would wait for each other for ever."""
+    for consumers, registers in plan.CONSUMER_REGISTERS.items():
+        held = consumers * registers + plan.PRODUCER_REGISTERS
+        assert held <= (consumers + 1) * given_registers(consumers)
+
+
 @pytest.mark.parametrize(
-    ("consumers", "of_consumer", "of_producer"),
-    [(n, r, plan.PRODUCER_REGISTERS) for n, r in plan.CONSUMER_REGISTERS.items()]
-    + [
-        (n, r, decode_plan.PRODUCER_REGISTERS[n]) for n, r in decode_plan.CONSUMER_REGISTERS.items()
-    ],
+    ("head_dim", "block_size", "heads"),
+    [(256, 16, (8, 32)), (128, 16, (8, 32)), (64, 8, (1, 8)), (64, 16, (66, 66))],
 )
-def test_warpgroups_hold_no_more_registers_than_a_cta_has(consumers, of_consumer, of_producer):
-    """They would wait for each other for ever; a launch gives whole groups of 8 per thread, 248 at
-    most."""
-    given = min(248, 65536 // (128 * (consumers + 1)) // 8 * 8)
-    assert consumers * of_consumer + of_producer <= (consumers + 1) * given
+def test_warpgroups_of_decode_hold_no_more_registers_than_a_cta_has(head_dim, block_size, heads):
+    sizes = {"num_kv_heads": heads[0], "head_dim": head_dim, "block_size": block_size}
+    made = decode_plan.plan_of(problem(4, heads[1], **sizes))
+    assert made is not None
+    of_producer, of_consumer = made.registers
+    held = made.consumers * of_consumer + of_producer
+    assert held <= (made.consumers + 1) * given_registers(made.consumers)
 
 
 def test_a_simulated_plan_has_four_ctas_at_most():

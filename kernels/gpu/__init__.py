@@ -9,6 +9,7 @@ append       writes new tokens into the pools, in place
 attention    picks a kernel; tiles of query rows for the ragged one
 tile         one tile of keys and values: scores, softmax, product
 decode       the kernel of one token per sequence, KV cut into equal shares
+decode_append  new tokens, written by the kernel of decode
 combine      the second kernel of decode: joins what was cut
 ragged       one kernel for every packed batch that prefill does not take
 prefill_*    the kernel of long packed batches

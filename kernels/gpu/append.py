@@ -58,6 +58,15 @@ class Plan:
     num_ctas: int
 
 
+class Targets(NamedTuple):
+    """Refs in device memory that say where tokens go."""
+
+    table: Any  # int32 (batch, max_blocks_per_seq)
+    seq_lengths: Any  # int32 (batch,)
+    starts: Any  # int32 (batch + 1,), of a packed batch
+    layer: Any  # int32 (1,)
+
+
 class Inputs(NamedTuple):
     """Refs in device memory; the pools are written in place.
 
@@ -68,10 +77,7 @@ class Inputs(NamedTuple):
     value_pool: Any
     keys: Any  # (num_tokens, token_rows, head_dim)
     values: Any
-    table: Any  # int32 (batch, max_blocks_per_seq)
-    seq_lengths: Any  # int32 (batch,)
-    starts: Any  # int32 (batch + 1,), of a packed batch
-    layer: Any  # int32 (1,)
+    targets: Targets
 
 
 def make_plan(problem: AppendProblem, *, is_simulated: bool = False) -> Plan:
@@ -191,12 +197,8 @@ def _append(
     pools = [jax.new_ref(pool.reshape(-1, *token)) for pool in (key_pool, value_pool)]
     # one token per sequence needs no starts, which XLA would have to make
     starts = query_start_loc if problem.is_packed else seq_lengths
-    inputs = Inputs(
-        *(pools[0], pools[1]),
-        *(as_tokens(keys), as_tokens(values)),
-        *(block_table, seq_lengths, starts, layer.reshape(1)),
-    )
-    _call(problem, plan, interpret)(*inputs)
+    targets = Targets(block_table, seq_lengths, starts, layer.reshape(1))
+    _call(problem, plan, interpret)(*pools, as_tokens(keys), as_tokens(values), *targets)
     written = [jax.freeze(pool).reshape(key_pool.shape) for pool in pools]
     return written[0], written[1]
 
@@ -216,7 +218,7 @@ def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:
 
 
 def _body(*refs: Any, problem: AppendProblem, plan: Plan, **smem: Any) -> None:
-    inputs, cta = Inputs(*refs), lax.axis_index("cta")
+    inputs, cta = Inputs(*refs[:4], Targets(*refs[4:])), lax.axis_index("cta")
     write = partial(_through_registers if plan.vector else _through_smem, problem, plan, inputs)
     if plan.num_ctas == plan.num_chunks:
         write(cta * plan.chunk_tokens, **smem)
@@ -235,7 +237,7 @@ def _through_registers(problem: AppendProblem, plan: Plan, inputs: Inputs, first
     inside = [jnp.minimum(token, problem.num_tokens - 1) for token in tokens]
     load = partial(plgpu.load, layout=layout)
     loaded = [(load(inputs.keys.at[i]), load(inputs.values.at[i])) for i in inside]
-    slots = [_slot(problem, inputs, token) for token in tokens]
+    slots = [slot_of(problem, inputs.targets, token) for token in tokens]
     for (key, value), slot in zip(loaded, slots, strict=True):
 
         @pl.when(slot >= 0)
@@ -263,7 +265,7 @@ def _through_smem(
 
     @pl.loop(0, plan.chunk_tokens)
     def _(token):
-        slot = _slot(problem, inputs, first + token)
+        slot = slot_of(problem, inputs.targets, first + token)
 
         @pl.when(slot >= 0)
         def _():
@@ -274,24 +276,24 @@ def _through_smem(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _slot(problem: AppendProblem, inputs: Inputs, token: Any) -> Any:
+def slot_of(problem: AppendProblem, targets: Targets, token: Any) -> Any:
     """Where a token goes in the pool of all layers, -1 for nowhere; nothing outside is read."""
     cache = problem.cache
-    sequence = _sequence(problem, inputs, token)
+    sequence = _sequence(problem, targets, token)
     row = jnp.minimum(sequence, cache.batch - 1)
     # a step's tokens are the last ones of their sequence
-    end = inputs.starts[row + 1] if problem.is_packed else row + 1
-    position = inputs.seq_lengths[row] - end + token
+    end = targets.starts[row + 1] if problem.is_packed else row + 1
+    position = targets.seq_lengths[row] - end + token
     index = divide(jnp.maximum(position, 0), cache.block_size)
     is_inside = (sequence < cache.batch) & (position >= 0) & (index < cache.max_blocks_per_seq)
-    block = inputs.table[row, jnp.minimum(index, cache.max_blocks_per_seq - 1)]
+    block = targets.table[row, jnp.minimum(index, cache.max_blocks_per_seq - 1)]
     is_inside &= (block >= 0) & (block < cache.num_blocks)
     offset = remainder(jnp.maximum(position, 0), cache.block_size)
-    slot = (inputs.layer[0] * cache.num_blocks + block) * cache.block_size + offset
+    slot = (targets.layer[0] * cache.num_blocks + block) * cache.block_size + offset
     return jnp.where(is_inside, slot, -1)
 
 
-def _sequence(problem: AppendProblem, inputs: Inputs, token: Any) -> Any:
+def _sequence(problem: AppendProblem, targets: Targets, token: Any) -> Any:
     """The sequence of a token, or a number past the last one: the last that starts before it."""
     batch = problem.cache.batch
     if not problem.is_packed:
@@ -299,7 +301,7 @@ def _sequence(problem: AppendProblem, inputs: Inputs, token: Any) -> Any:
     sequence, step = jnp.int32(0), 1 << (batch.bit_length() - 1)
     while step:  # of a binary search
         candidate = sequence + step
-        is_before = inputs.starts[jnp.minimum(candidate, batch)] <= token
+        is_before = targets.starts[jnp.minimum(candidate, batch)] <= token
         sequence = jnp.where((candidate <= batch) & is_before, candidate, sequence)
         step //= 2
     return sequence

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
-from . import blocks, decode, prefill, ragged
+from . import append, blocks, decode, decode_append, prefill, ragged
 from . import decode_plan as decode_plans
 from . import prefill_plan as prefill_plans
 from .plan import WARPGROUP_ROWS, Plan, make_plan, scratch, unsupported, work_list
 
-__all__ = ["attend", "unsupported"]
+__all__ = ["append_and_attend", "attend", "can_append", "unsupported"]
 
 
 def attend(
@@ -43,7 +43,8 @@ def attend(
     decode_plan = decode_plans.plan_of(problem, is_simulated=interpret is not None)
     if decode_plan is not None:
         arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-        return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+        out, lse = decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+        return out, lse
     prefill_plan = prefill_plans.plan_of(problem, is_simulated=interpret is not None)
     if prefill_plan is not None:
         arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
@@ -67,6 +68,40 @@ def attend(
     shape = (plan.num_tiles, plan.tile_tokens, problem.num_query_heads)
     out = _from_items(plan, out, (*shape, cache.head_dim))
     return untile(schedule, out, _from_items(plan, lse, shape), num_tokens=problem.num_tokens)
+
+
+def can_append(problem: Problem) -> bool:
+    """Whether `append_and_attend` takes a problem that `unsupported` lets pass."""
+    fits = decode_plans.plan_of(problem, appends=True) is not None
+    return fits and append.unsupported(decode_append.problem_of(problem)) is None
+
+
+def append_and_attend(
+    problem: Problem,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    key_pool: jax.Array,
+    value_pool: jax.Array,
+    block_table: jax.Array,
+    schedule: Schedule,
+    seq_lengths: jax.Array,
+    alibi_slopes: jax.Array | None,
+    layer: jax.Array,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """(out, lse, key_pool, value_pool) of a problem that `can_append` lets pass.
+
+    keys, values: (batch, num_kv_heads, head_dim), one new token per sequence, in the pools' dtype.
+    seq_lengths: int32 (batch,), new tokens included; others as in `attend`.
+    """
+    interpret = blocks.interpreter(interpret)
+    plan = decode_plans.plan_of(problem, is_simulated=interpret is not None, appends=True)
+    assert plan is not None, "can_append() comes first"
+    new = decode_append.NewTokens(keys, values, seq_lengths)
+    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer, new)
+    return decode.attend(problem, plan, *arrays, interpret=interpret)
 
 
 def _as_items(plan: Plan, tiled: jax.Array) -> jax.Array:

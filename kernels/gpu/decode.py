@@ -25,15 +25,10 @@ from jax import lax
 from ..core import softmax
 from ..core.problem import Problem
 from ..core.schedule import Schedule
-from . import blocks, combine, tile, worklist
+from . import blocks, combine, decode_append, tile, worklist
 from .blocks import Ring, divide, pl, plgpu
-from .decode_plan import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    DecodePlan,
-    partial_width,
-    scratch,
-)
+from .decode_append import NewTokens
+from .decode_plan import DecodePlan, partial_width, scratch
 from .plan import WARPGROUP_ROWS
 from .tile import Rows, Sharing, Tiles
 from .worklist import Part, Share, Stretch
@@ -49,6 +44,7 @@ class Inputs(NamedTuple):
     work: Any  # the rows of a WorkList
     layer: Any  # int32 (1,)
     slopes: Any  # float32 (row_groups, WARPGROUP_ROWS)
+    new: NewTokens | None  # to be written to the pools
 
 
 class Outputs(NamedTuple):
@@ -70,6 +66,7 @@ class Piece(NamedTuple):
     steps: Any  # tiles of all pieces before
     place: Any
     is_whole: Any  # the sequence has no other piece
+    has_end: Any  # of the sequence
 
 
 class Cta(NamedTuple):
@@ -116,6 +113,7 @@ class Cta(NamedTuple):
                 steps,
                 lax.axis_index("cta") + sequence,
                 stretch.is_whole(part),
+                part.tile_stop == stretch.tile_stop,
             )
             carry = visit(piece, carry)
             return index + 1, steps_after, stretch.next, next_stretch or read(), carry
@@ -138,10 +136,14 @@ def attend(
     schedule: Schedule,
     alibi_slopes: jax.Array | None,
     layer: jax.Array,
+    new: NewTokens | None = None,
     *,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
+) -> tuple[jax.Array, ...]:
+    """(out, lse), as `attention.attend`, and with `new` tokens both pools after them.
+
+    interpret: None, or the interpreter's parameters.
+    """
     cache, heads = problem.cache, problem.num_query_heads
     work = worklist.for_line(plan.line, problem.variant, schedule)
     pool_rows = (cache.num_layers * cache.num_blocks, cache.rows_per_block, cache.head_dim)
@@ -155,17 +157,25 @@ def attend(
         work=work.rows,
         layer=layer.reshape(1),
         slopes=_slope_of_rows(plan, heads, alibi_slopes),
+        new=new,
     )
-    out, lse = blocks.run_locally(partial(_attend, problem, plan, interpret), inputs)
+    out, lse, *pools = blocks.run_locally(partial(_attend, problem, plan, interpret), inputs)
     out = out.reshape(-1, plan.rows, cache.head_dim)[:, :heads]
-    return out, lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
+    lse = lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
+    return out, lse, *(pool.reshape(key_pool.shape) for pool in pools)
 
 
 def _attend(
     problem: Problem, plan: DecodePlan, interpret: Any, inputs: Inputs
-) -> tuple[jax.Array, jax.Array]:
-    outputs = Outputs(*_main(problem, plan, interpret)(*inputs))
-    return combine.complete(plan, problem, outputs, inputs.work, interpret=interpret)
+) -> tuple[jax.Array, ...]:
+    *arrays, new = inputs
+    pools: Any = ()
+    if new is not None:  # the pools are written in place
+        pools = jax.new_ref(inputs.keys), jax.new_ref(inputs.values)
+        *arrays, _ = inputs._replace(keys=pools[0], values=pools[1])
+    outputs = Outputs(*_main(problem, plan, interpret)(*arrays, *(new or ())))
+    result = combine.complete(plan, problem, outputs, inputs.work, interpret=interpret)
+    return *result, *map(jax.freeze, pools)
 
 
 def _slope_of_rows(plan: DecodePlan, heads: int, slopes: jax.Array | None) -> jax.Array:
@@ -201,19 +211,21 @@ def _main(problem: Problem, plan: DecodePlan, interpret: Any) -> Any:
 
 
 def _body(*refs: Any, problem: Problem, plan: DecodePlan, is_simulated: bool, **smem: Any) -> None:
-    num_inputs = len(Inputs._fields)
-    inputs, outputs = Inputs(*refs[:num_inputs]), Outputs(*refs[num_inputs:])
+    num_arrays, first_output = len(Inputs._fields) - 1, len(refs) - len(Outputs._fields)
+    new = NewTokens(*refs[num_arrays:first_output]) if plan.appends else None
+    inputs, outputs = Inputs(*refs[:num_arrays], new), Outputs(*refs[first_output:])
     cta = Cta(problem, plan, is_simulated, inputs, outputs, smem)
     warpgroup = lax.axis_index("warpgroup")
+    of_producer, of_consumer = plan.registers
 
     @pl.when(warpgroup == plan.consumers)
     def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS[plan.consumers], action="decrease")
+        plgpu.set_max_registers(of_producer, action="decrease")
         _produce(cta)
 
     @pl.when(warpgroup < plan.consumers)
     def _():
-        plgpu.set_max_registers(CONSUMER_REGISTERS[plan.consumers], action="increase")
+        plgpu.set_max_registers(of_consumer, action="increase")
         _consume(cta, warpgroup)
 
 
@@ -237,6 +249,9 @@ def _produce(cta: Cta) -> None:
             rows = query.slots.at[slot, group, pl.ds(0, plan.query_rows)]
             source = inputs.query.at[part.sequence, group]
             plgpu.copy_gmem_to_smem(source, rows, query.full.at[slot])
+        if plan.appends:
+            new = partial(decode_append.write, cta.problem, inputs, cta.smem, part.sequence)
+            pl.when(piece.has_end)(new)
 
         def ids_after(i):
             if not plan.reads_ahead:
@@ -259,6 +274,9 @@ def _produce(cta: Cta) -> None:
     first = stretch.part(share.sequence, share.num_tiles)
     ids = ids_of(first, first.visited(0)) if plan.reads_ahead else ()
     num_pieces, num_tiles, _ = cta.loop(visit, ids, is_ahead=plan.reads_ahead)
+    if plan.appends:
+        num_ctas = plan.line.num_ctas
+        decode_append.write_rows_without_tiles(cta.problem, inputs, cta.smem, num_ctas)
     keys.drain(num_tiles)
     values.drain(num_tiles)
     query.drain(num_pieces)

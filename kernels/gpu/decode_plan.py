@@ -25,10 +25,8 @@ RING_BYTES = 131072  # in flight; half of that is enough
 MIN_SHARE = 2  # tiles of a CTA: one for each consumer
 MAX_HEADS = 2 * WARPGROUP_ROWS
 LANES = 128  # of a warpgroup
-# See plan.py: what all warpgroups hold must not pass what the launch gave.  A producer that holds
-# the ids of two tiles of blocks needs more than one that only copies.
-PRODUCER_REGISTERS = {1: 232, 2: 104}
-CONSUMER_REGISTERS = {1: 248, 2: 200}
+# Copies of a tile from which on a producer that knows the ids of two tiles needs more registers.
+MANY_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class DecodePlan:
     stages: int
     has_maskless_loop: bool  # a second loop, for tiles that are seen whole
     reads_ahead: bool  # block ids are read one tile ahead
+    appends: bool  # writes the step's new tokens too
 
     @property
     def keys(self) -> KeyTiles:
@@ -68,6 +67,13 @@ class DecodePlan:
     @property
     def consumers(self) -> int:
         return self.row_groups * self.turns
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of the producer, and of a consumer; see plan.py."""
+        if self.consumers == 1:
+            return 232, 248
+        return (104, 200) if self.keys.blocks_per_tile >= MANY_COPIES else (72, 216)
 
     @property
     def rows(self) -> int:
@@ -98,13 +104,17 @@ def is_supported(cache: CacheShape, num_query_heads: int) -> bool:
     )
 
 
-def plan_of(problem: Problem, *, is_simulated: bool = False) -> DecodePlan | None:
+def plan_of(
+    problem: Problem, *, is_simulated: bool = False, appends: bool = False
+) -> DecodePlan | None:
     """The sizes for a problem, None where another kernel takes it."""
     cache, heads = problem.cache, problem.num_query_heads
     if problem.is_packed or not is_supported(cache, heads):
         return None
     row_groups = -(-heads // WARPGROUP_ROWS)
     line = Line.of(cache, is_simulated=is_simulated)
+    if appends and line.keys.blocks_per_tile >= MANY_COPIES:
+        return None  # too much for the producer's registers
     tile_bytes = line.keys.rows * (cache.token_bytes // cache.num_kv_heads)
     most = min(MAX_STAGES, max(2, RING_BYTES // (2 * tile_bytes)))
     candidates = (
@@ -125,6 +135,7 @@ def plan_of(problem: Problem, *, is_simulated: bool = False) -> DecodePlan | Non
                 and problem.variant.left is None
             ),
             reads_ahead=cache.head_dim < 256,  # registers again
+            appends=appends,
         )
         for stages in range(most, 1, -1)
         for query_stages in (2, 1)
@@ -162,6 +173,11 @@ def scratch(problem: Problem, plan: DecodePlan) -> dict[str, Buffer | Union | Ba
         "padding_full": Barriers(1, plan.stages),
         "tail_clear": Barriers(1, groups),
     }
+    if plan.appends:
+        parts |= {
+            "new_smem": Buffer((2, problem.cache.num_kv_heads, head_dim), dtype),
+            "new_full": Barriers(1, 2),
+        }
     if plan.turns > 1:
         parts |= {
             "exchange_smem": swizzled(rows, "float32"),
