@@ -160,8 +160,8 @@ def append_and_attend(
 ) -> tuple[Any, PagedKVCache]:
     """`append_tokens`, then `paged_attention` over the result; lengths do not advance.
 
-    On TPU one kernel does both for a decode step in bfloat16 with head_dim 128: what is written is
-    the same to the bit.
+    For a decode step the kernel that attends appends too, on TPU in bfloat16 with head_dim 128, on
+    NVIDIA GPU where its shared memory suffices: what is written is the same to the bit.
 
     Args:
       query: (num_tokens, num_query_heads, head_dim), packed tokens of this step.

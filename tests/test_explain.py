@@ -119,7 +119,7 @@ def test_an_append_writes_every_new_token(backend, chip):
     each = 16 if backend == "tpu" else 1  # blocks, or tokens
     assert all(run.is_whole for run in runs)
     assert sum(run.number for run in runs) * each == 4096
-    (fused,) = program.explain(cases.find("8b_b64_4k_fused"), "tpu", "v6e")
+    (fused,) = program.explain(cases.find("8b_b64_4k_fused"), backend, chip)
     assert fused.kernel == "decode with append fused in" and fused.plan.appends
 
 

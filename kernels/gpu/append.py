@@ -218,7 +218,7 @@ def _call(problem: AppendProblem, plan: Plan, interpret: Any) -> Any:
 
 
 def _body(*refs: Any, problem: AppendProblem, plan: Plan, **smem: Any) -> None:
-    inputs, cta = Inputs(*refs[:4], Targets(*refs[4:])), lax.axis_index("cta")
+    inputs, cta = Inputs(*refs[:4], targets=Targets(*refs[4:])), lax.axis_index("cta")
     write = partial(_through_registers if plan.vector else _through_smem, problem, plan, inputs)
     if plan.num_ctas == plan.num_chunks:
         write(cta * plan.chunk_tokens, **smem)

@@ -213,7 +213,7 @@ def _main(problem: Problem, plan: DecodePlan, interpret: Any) -> Any:
 def _body(*refs: Any, problem: Problem, plan: DecodePlan, is_simulated: bool, **smem: Any) -> None:
     num_arrays, first_output = len(Inputs._fields) - 1, len(refs) - len(Outputs._fields)
     new = NewTokens(*refs[num_arrays:first_output]) if plan.appends else None
-    inputs, outputs = Inputs(*refs[:num_arrays], new), Outputs(*refs[first_output:])
+    inputs, outputs = Inputs(*refs[:num_arrays], new=new), Outputs(*refs[first_output:])
     cta = Cta(problem, plan, is_simulated, inputs, outputs, smem)
     warpgroup = lax.axis_index("warpgroup")
     of_producer, of_consumer = plan.registers

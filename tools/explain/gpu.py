@@ -19,14 +19,16 @@ def explain(case: Case) -> list[Explained]:
     Raises:
       Unsupported: there is none; says why.
     """
-    kernels = []
-    if case.op in (APPEND, FUSED):
-        kernels.append(_append(case, explained.append_problem_of(case)))
+    new = explained.append_problem_of(case)
     if case.op == APPEND:
-        return kernels
+        return [_append(case, new)]
     problem = explained.problem_of(case)
     if (reason := plan.unsupported(problem)) is not None:
         raise Unsupported(reason)
+    fused = decode_plan.plan_of(problem, appends=True)
+    if case.op == FUSED and fused is not None and append.unsupported(new) is None:
+        return [_decode(case, problem, fused)]
+    kernels = [_append(case, new)] if case.op == FUSED else []
     if (cut := decode_plan.plan_of(problem)) is not None:
         return [*kernels, _decode(case, problem, cut)]
     if (cut := prefill_plan.plan_of(problem)) is not None:
@@ -47,7 +49,8 @@ def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explai
         workers.append(Worker(f"CTA {number}", groups))
     turns = ", its consumers in turn" if cut.turns > 1 else ""
     legend = f"a tile of {_tokens(cut.keys)}, all heads{turns}; the last comes first"
-    return _explained("decode", problem, cut, decode_plan.scratch(problem, cut), workers, legend)
+    name = "decode" + (" with append fused in" if cut.appends else "")
+    return _explained(name, problem, cut, decode_plan.scratch(problem, cut), workers, legend)
 
 
 def _prefill(case: Case, problem: Problem, cut: prefill_plan.PrefillPlan) -> Explained:
