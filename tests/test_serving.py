@@ -1,5 +1,7 @@
 """The serving engine: the tokens of each request alone, whoever shares and whoever makes room."""
 
+import argparse
+
 import numpy as np
 import pytest
 from batches import stand_in_programs
@@ -187,12 +189,39 @@ def test_prompts_share_their_system_prompt_and_no_more(tiny):
     assert workload.shared_tokens([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [1, 2, 9, 9]], 2) == 6
 
 
+@pytest.fixture(scope="module")
+def real():
+    """The model, requests behind one system prompt of 256 tokens, and each one's tokens alone."""
+    model = default_model()
+    prompts = workload.chat_prompts(model.text, 0, 3, num_systems=1, system_tokens=256)
+    arrivals = workload.poisson_arrivals(0, 1.0, prompts, 16)
+    alone = serve_bench.generate_alone(model, arrivals, argparse.Namespace(block_size=16))
+    return model, arrivals, alone
+
+
+# Two unshared prompts of 18 blocks fit, and three that share 16; their answers do not.
+REAL_BLOCKS = {False: 36, True: 22}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_real_model_serves_as_alone_and_saves_the_system_prompt(preemption, capsys):
-    default_model()
-    sizes = ["--requests", "6", "--max-tokens", "40", "--num-blocks", "45", "--rate", "4"]
-    assert serve_bench.main([*sizes, "--check", "--preemption", preemption]) == 0
-    out = capsys.readouterr().out
-    assert "tokens are the same alone, with and without prefix caching: 6 of 6" in out
+@pytest.mark.parametrize("is_caching", [False, True], ids=["unshared", "shared"])
+def test_the_real_model_serves_as_alone_and_preempts(real, preemption, is_caching):
+    model, arrivals, alone = real
+    prompts = [arrival.prompt for arrival in arrivals]
+    options = {
+        "num_blocks": REAL_BLOCKS[is_caching],
+        "max_length": max(map(len, prompts)) + 16,
+        "row_buckets": (3,),
+        "token_buckets": (320,),
+    }
+    same = {"block_size": 16, "prefix_caching": is_caching, "preemption": preemption}
+    record = serve(model, arrivals, model.text.stop_tokens, **options, **same).record
+    assert record.outputs == alone
+    assert record.total("preempted") > 0
+    assert (record.total("swapped") > 0) == (preemption == "swap")
+    assert (record.total("again") > 0) == (preemption == "recompute")
+    saved = sum(map(len, prompts)) - record.total("prefill")
+    assert saved == (workload.shared_tokens(prompts, 16) if is_caching else 0)
+    assert workload.shared_tokens(prompts, 16) == 2 * 256
