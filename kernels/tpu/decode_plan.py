@@ -150,10 +150,11 @@ def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
     rows, programs = _rows_per_program(cache.batch, row_bytes)
     is_small = cache.rows_per_block * cache.head_dim * 2 <= SMALL_BLOCK
     step_rows = SMALL_STEP_ROWS if is_small else STEP_ROWS
+    is_dense = is_small or heads > MANY_HEADS  # no part of a step has cycles to spare
     blocks = _most_blocks(cache.rows_per_block, cache.block_size, columns)
     while blocks:
         tile_rows = blocks * cache.rows_per_block
-        chunk = _chunk_rows(tile_rows, is_long=is_small or heads > MANY_HEADS)
+        chunk = _chunk_rows(tile_rows, is_long=is_dense)
         most_items = cache.batch * -(-columns // blocks)
         has_one_tile = columns <= blocks
         most = min(MAX_ITEMS, step_rows // tile_rows, most_items) if has_one_tile else 1
@@ -171,7 +172,7 @@ def _plans(problem: Problem, appends: bool) -> Iterator[DecodePlan]:
                 chunk_rows=chunk,
                 columns=round_up(columns, max(TABLE_WINDOW, blocks)),
                 run=RUN if is_small and blocks % RUN == 0 else 1,
-                spread=1.0 if is_small else 0.5,
+                spread=1.0 if is_dense else 0.5,
                 has_one_tile=has_one_tile,
                 is_one_step=most_items <= items,
                 appends=appends,

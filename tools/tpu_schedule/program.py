@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.workload import APPEND, ATTEND, FUSED, Case
 # Pools as large as a server's: XLA would keep small ones in vector memory.
 POOL_BYTES = 1 << 30
 IMPLEMENTATION = "mosaic_tpu"
+PACKED, LANES = "packed_pools", 128  # a case's tag, and the width of such pools
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ def of_case(case: Case, kv_len: int | None = None, implementation: str = IMPLEME
     num_blocks = max(case.num_blocks, ceil(POOL_BYTES / block_bytes))
     heads = case.num_kv_heads, case.head_dim
     shape = jax.ShapeDtypeStruct
+    pool = shape((num_blocks, case.block_size, *heads), case.dtype)
+    if PACKED in case.tags:
+        pool = shape((num_blocks, prod(pool.shape[1:]) // LANES, LANES), case.dtype)
     arguments = {
-        "key_pool": shape((num_blocks, case.block_size, *heads), case.dtype),
-        "value_pool": shape((num_blocks, case.block_size, *heads), case.dtype),
+        "key_pool": pool,
+        "value_pool": pool,
         "block_table": shape((case.batch, case.max_blocks_per_seq), jnp.int32),
         "seq_lengths": shape((case.batch,), jnp.int32),
     }
@@ -108,9 +112,11 @@ def _function(case: Case, names: tuple[str, ...], implementation: str) -> Callab
 
     def run(*arrays: Any) -> Any:
         given = dict(zip(names, arrays, strict=True))
-        cache = paged_kv.PagedKVCache(
-            *(given.pop(n) for n in ("key_pool", "value_pool", "block_table", "seq_lengths"))
-        )
+        fields = [given.pop(n) for n in ("key_pool", "value_pool", "block_table", "seq_lengths")]
+        cache = paged_kv.PagedKVCache(*fields)
+        if PACKED in case.tags:
+            token = case.num_kv_heads, case.head_dim
+            cache = paged_kv.PackedKVCache(*fields, token_shape=token)
         options = {**given, "implementation": implementation}
         if case.op == APPEND:
             cache = paged_kv.append_tokens(cache, **options)
