@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batches import stand_in_programs
+from bitwise import assert_same_bits
 from tiny_gguf import write_tiny_gguf
+from tolerances import tolerance
 
 import paged_kv
 from tools import gguf_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLE, MODEL, MEMORY, ENGINE, SHARDING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, MODEL, FLAX, MEMORY, ENGINE, INTEROP, SHARDING = EXAMPLES
 COMMANDS = re.findall(r"^python3 .*$", README, re.MULTILINE)
 
 
@@ -88,6 +92,38 @@ def test_the_model_example_decodes_like_dense_attention(example):
         np.testing.assert_allclose(result, x, atol=2e-5, rtol=2e-5)
 
 
+def test_the_flax_example_attends_as_without_a_cache(example):
+    names = dict(example)
+    exec(compile(FLAX, "README.md, Flax example", "exec"), names)
+    nnx, x = names["nnx"], jax.random.normal(jax.random.key(0), (2, 8, 32))
+    for row, length in enumerate((6, 3)):
+        expected = x[row : row + 1, :length]
+        for seed in range(2):
+            dense = nnx.MultiHeadAttention(num_heads=4, in_features=32, rngs=nnx.Rngs(seed))
+            mask = nnx.make_causal_mask(jnp.ones((1, length)))
+            expected = dense(expected, mask=mask, decode=False)
+        np.testing.assert_allclose(
+            names["y"][row, :length], expected[0], **tolerance("reference float32")
+        )
+    assert names["paged"].kv.get_value().seq_lengths.tolist() == [6, 3]
+
+
+def test_the_interop_example_goes_there_and_back(example):
+    names = {**example, "cache": jax.tree.map(jnp.copy, example["cache"])}
+    exec(compile(INTEROP, "README.md, interop example", "exec"), names)
+    interop, before, after = names["interop"], example["cache"], names["cache"]
+    assert_same_bits(after, before)  # what was written is what was there
+    assert names["csr"].last_page_len.tolist() == [5, 8, 1]
+    assert_same_bits(interop.to_csr(interop.from_csr(before, names["csr"])), names["csr"])
+    assert_same_bits(names["pools"], jnp.stack([before.key_pool, before.value_pool]))
+    for row, length in enumerate(example["prompts"]):
+        keys, values, _ = paged_kv.gather_kv(before, row)
+        assert_same_bits(
+            (names["keys"][row, :length], names["values"][row, :length]), (keys, values)
+        )
+    assert names["arguments"].kv_lens.tolist() == example["prompts"]
+
+
 def test_the_memory_example_shares_a_prefix(example):
     names = {**example, "prompt": list(range(40))}
     names["cache"] = paged_kv.reset_sequences(
@@ -96,7 +132,7 @@ def test_the_memory_example_shares_a_prefix(example):
     names["cache"] = jax.tree.map(
         lambda leaf: leaf[:2] if leaf.ndim < 3 else leaf, names["cache"]
     )  # two rows
-    exec(compile(MEMORY, "README.md, third example", "exec"), names)
+    exec(compile(MEMORY, "README.md, memory example", "exec"), names)
     allocator = names["allocator"]
     assert len(names["host"].keys) == 4 and "bob" not in allocator
     assert allocator.blocks("ann") == [0, 1, 2]
@@ -110,7 +146,7 @@ def test_the_engine_example_serves(monkeypatch, tmp_path):
     write_tiny_gguf(path)
     monkeypatch.setattr(gguf_model, "default_model_path", lambda: path)
     names = {}
-    exec(compile(ENGINE, "README.md, fourth example", "exec"), names)
+    exec(compile(ENGINE, "README.md, engine example", "exec"), names)
     for request, prompt, answer in zip(
         names["requests"], names["prompts"], names["answers"], strict=True
     ):
@@ -123,7 +159,7 @@ def test_the_engine_example_serves(monkeypatch, tmp_path):
 def test_the_sharding_example_decodes_as_one_device(example):
     rows = np.arange(4)[:, None] % 2 * 8 + np.arange(8)
     names = {**example, "functools": functools, "table": jnp.asarray(rows, jnp.int32)}
-    exec(compile(SHARDING, "README.md, fifth example", "exec"), names)
+    exec(compile(SHARDING, "README.md, sharding example", "exec"), names)
     query, keys, values = (
         jax.random.normal(jax.random.key(h), (4, h, 64), jnp.bfloat16) for h in (8, 2, 2)
     )
