@@ -24,7 +24,7 @@ KERNELS = {
     "8b_b64_512": {"tpu": "decode", "gpu": "decode"},
     "8b_ragged128": {"tpu": "decode", "gpu": "decode"},
     "gptoss_b64_4k_window": {"tpu": "attention, the one for every shape", "gpu": "decode"},
-    "8b_mixed_60x4k_4x1k": {"tpu": "prefill", "gpu": "prefill"},
+    "8b_chunk_4x1k": {"tpu": "prefill", "gpu": "prefill"},
     "70btp8_prefill_1x4k": {"tpu": "prefill", "gpu": "prefill"},
 }
 
@@ -88,6 +88,17 @@ def test_every_tile_that_a_query_sees_is_visited_and_no_other(name, backend, chi
     else:
         parts = getattr(plan, "parts", 1)
         assert visits == {key: parts * number for key, number in expected.items()}
+
+
+def test_a_mixed_batch_is_two_kernels_on_a_tpu():
+    """60 rows of one token, and 4 chunks of 1024; no sequence is in both."""
+    kernels = program.explain(cases.find("8b_mixed_60x4k_4x1k"), "tpu", "v6e")
+    assert [kernel.kernel for kernel in kernels] == ["decode", "prefill"]
+    sequences = [
+        {run[0] for worker in kernel.workers for group in worker.groups for run in group}
+        for kernel in kernels
+    ]
+    assert sequences == [set(range(60)), set(range(60, 64))]
 
 
 @pytest.mark.parametrize(

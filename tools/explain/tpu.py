@@ -1,6 +1,7 @@
 """How the TPU kernels take a case, on one TensorCore of a chip that need not be here."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import jax
@@ -17,6 +18,7 @@ from paged_kv.kernels.tpu import (
     decode,
     decode_plan,
     device,
+    mixed,
     plan,
     prefill,
     prefill_plan,
@@ -43,14 +45,32 @@ def explain(case: Case, chip: str) -> list[Explained]:
         is_fused = case.op == FUSED and attention.can_append(problem)
         decode_plan_ = decode.plan_of(problem, appends=is_fused)
         prefill_plan_, vmem = prefill.plan_of(problem), device.vmem_bytes()
+        singles = mixed.single_tokens(problem)
+        single_plan = None if singles is None else decode.plan_of(singles)
     kernels = [] if case.op not in (APPEND, FUSED) or is_fused else [_append(case, new)]
     if case.op == APPEND:
         return kernels
     if decode_plan_ is not None:
         return [*kernels, _decode(case, problem, decode_plan_, vmem)]
+    if singles is not None and single_plan is not None and 1 in case.queries:
+        alone, case = _mixed(case)
+        kernels.append(_decode(alone, singles, single_plan, vmem))
+        if not any(case.queries):
+            return kernels
     if prefill_plan_ is not None:
         return [*kernels, _prefill(case, problem, prefill_plan_)]
     return [*kernels, _general(case, problem)]
+
+
+def _mixed(case: Case) -> tuple[Case, Case]:
+    """The sequences with one query token as a decode step, and the others."""
+    lengths, queries = case.seq_lengths, case.queries.tolist()
+    alone = tuple(n if q == 1 else 0 for n, q in zip(lengths, queries, strict=True))
+    others = tuple(0 if q == 1 else q for q in queries)
+    return (
+        replace(case, seq_lengths=alone, query_lengths=None),
+        replace(case, query_lengths=others),
+    )
 
 
 def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan, vmem: int) -> Explained:
