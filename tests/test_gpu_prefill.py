@@ -18,6 +18,12 @@ import paged_kv
 pytestmark = [NEEDS_JAX, TIME_LIMIT, pytest.mark.usefixtures("quick_compiles")]
 
 
+@pytest.fixture(autouse=True)
+def no_decode(monkeypatch):
+    """Single tokens of a batch are prefill's too."""
+    monkeypatch.setattr("paged_kv.kernels.gpu.mixed.MANY_TOKENS", 0)
+
+
 def assert_runs_prefill(problem):
     """The batch is not left to another kernel."""
 

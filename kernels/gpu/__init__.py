@@ -6,7 +6,8 @@ decode_plan  the same for decode
 worklist     which CTA has which tiles at decode, made once per step; no Pallas import
 blocks       copies of cache blocks, matrix products, what is simulated and how
 append       writes new tokens into the pools, in place
-attention    picks a kernel; tiles of query rows for the ragged one
+attention    picks kernels; tiles of query rows for the ragged one
+mixed        single query tokens of a packed batch to decode, the others to prefill
 tile         one tile of keys and values: scores, softmax, product
 decode       the kernel of one token per sequence, KV cut into equal shares
 decode_append  new tokens, written by the kernel of decode

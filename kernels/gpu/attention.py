@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..core.problem import Problem
 from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
-from . import append, blocks, decode, decode_append, prefill, ragged
+from . import append, blocks, decode, decode_append, mixed, prefill, ragged
 from . import decode_plan as decode_plans
 from . import prefill_plan as prefill_plans
 from .plan import WARPGROUP_ROWS, Plan, make_plan, scratch, unsupported, work_list
@@ -40,15 +40,46 @@ def attend(
     interpret: None or False to compile; True or `plgpu.InterpretGPUParams` to run on a CPU.
     """
     interpret = blocks.interpreter(interpret)
-    decode_plan = decode_plans.plan_of(problem, is_simulated=interpret is not None)
-    if decode_plan is not None:
-        arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-        out, lse = decode.attend(problem, decode_plan, *arrays, interpret=interpret)
-        return out, lse
-    prefill_plan = prefill_plans.plan_of(problem, is_simulated=interpret is not None)
-    if prefill_plan is not None:
-        arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-        return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
+    is_simulated = interpret is not None
+    pools = (key_pool, value_pool, block_table)
+
+    def run(problem: Problem, query: jax.Array, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+        arrays = (query, *pools, schedule, alibi_slopes, layer)
+        if (plan := decode_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
+            out, lse = decode.attend(problem, plan, *arrays, interpret=interpret)
+            return out, lse
+        if (plan := prefill_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
+            return prefill.attend(problem, plan, *arrays, interpret=interpret)
+        return _attend_ragged(problem, *arrays, interpret=interpret)
+
+    singles = singles_of(problem)
+    if singles is None:
+        return run(problem, query, schedule)
+    return mixed.attend(problem, singles, run, query, schedule)
+
+
+def singles_of(problem: Problem) -> Problem | None:
+    """The problem of a mixed batch's sequences with one token, if they have a kernel of their own
+    and the others have prefill's."""
+    singles = mixed.single_tokens(problem)
+    if singles is None or decode_plans.plan_of(singles) is None:
+        return None
+    return None if prefill_plans.plan_of(problem) is None else singles
+
+
+def _attend_ragged(
+    problem: Problem,
+    query: jax.Array,
+    key_pool: jax.Array,
+    value_pool: jax.Array,
+    block_table: jax.Array,
+    schedule: Schedule,
+    alibi_slopes: jax.Array | None,
+    layer: jax.Array,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel that takes every problem."""
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
     tiles = tile_queries(
         schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens

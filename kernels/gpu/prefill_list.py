@@ -105,7 +105,8 @@ def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
     starts = jnp.clip(schedule.query_start_loc, 0, cut.num_tokens)
     batch = schedule.seq_lengths.shape[0]
     # the padding is sequence `batch`
-    stops = jnp.append(starts[1:], cut.num_tokens)
+    stops = jnp.append(starts[:-1] + schedule.query_lengths, cut.num_tokens)
+    stops = jnp.minimum(stops, cut.num_tokens)
     lengths = jnp.append(schedule.seq_lengths, 0)
     bases = starts // ROW_GROUP * ROW_GROUP
     counts = jnp.where(stops > starts, -(-(stops - bases) // cut.tile_tokens), 0)

@@ -6,8 +6,17 @@ import numpy as np
 
 from benchmarks.workload import APPEND, FUSED, Case
 from paged_kv.kernels.core.problem import AppendProblem, Problem
-from paged_kv.kernels.core.schedule import tile_queries
-from paged_kv.kernels.gpu import append, decode_plan, plan, prefill_list, prefill_plan, worklist
+from paged_kv.kernels.core.schedule import Schedule, tile_queries
+from paged_kv.kernels.gpu import (
+    append,
+    attention,
+    decode_plan,
+    mixed,
+    plan,
+    prefill_list,
+    prefill_plan,
+    worklist,
+)
 
 from . import explained
 from .explained import Explained, Scratch, Unsupported, Visits, Worker
@@ -25,19 +34,24 @@ def explain(case: Case) -> list[Explained]:
     problem = explained.problem_of(case)
     if (reason := plan.unsupported(problem)) is not None:
         raise Unsupported(reason)
+    schedule = explained.schedule_of(case, problem)
     fused = decode_plan.plan_of(problem, appends=True)
     if case.op == FUSED and fused is not None and append.unsupported(new) is None:
-        return [_decode(case, problem, fused)]
+        return [_decode(problem, fused, schedule)]
     kernels = [_append(case, new)] if case.op == FUSED else []
+    singles = attention.singles_of(problem)
+    if singles is not None and (cut := decode_plan.plan_of(singles)) is not None:
+        apart, schedule = mixed.split(schedule)
+        kernels.append(_decode(singles, cut, apart))
     if (cut := decode_plan.plan_of(problem)) is not None:
-        return [*kernels, _decode(case, problem, cut)]
+        return [*kernels, _decode(problem, cut, schedule)]
     if (cut := prefill_plan.plan_of(problem)) is not None:
-        return [*kernels, _prefill(case, problem, cut)]
+        return [*kernels, _prefill(problem, cut, schedule)]
     return [*kernels, _ragged(case, problem)]
 
 
-def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explained:
-    work = worklist.make(cut.line, problem.variant, explained.schedule_of(case, problem))
+def _decode(problem: Problem, cut: decode_plan.DecodePlan, schedule: Schedule) -> Explained:
+    work = worklist.make(cut.line, problem.variant, schedule)
     workers = []
     for number, share in enumerate(work.parts_of_ctas()):
         groups = []
@@ -53,8 +67,7 @@ def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan) -> Explai
     return _explained(name, problem, cut, decode_plan.scratch(problem, cut), workers, legend)
 
 
-def _prefill(case: Case, problem: Problem, cut: prefill_plan.PrefillPlan) -> Explained:
-    schedule = explained.schedule_of(case, problem)
+def _prefill(problem: Problem, cut: prefill_plan.PrefillPlan, schedule: Schedule) -> Explained:
     made = prefill_list.make(cut.cut, problem.variant, schedule)
     items = np.asarray(made.items)[: int(made.num_items[0])].tolist()
     workers = [Worker(f"CTA {cta}", []) for cta in range(cut.num_ctas)]
