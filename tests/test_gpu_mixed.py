@@ -1,5 +1,7 @@
 """Mixed batches on GPU: single query tokens through decode, the others through prefill."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,16 @@ def test_long_chunks_and_short_batches_are_not_mixed():
     """Where a single token would be a small part of the work, the launches cost more."""
     assert kernels_of(256) >= {"paged_prefill", "paged_decode", "paged_combine"}
     assert "paged_decode" not in kernels_of(640 * CACHE.batch)
-    assert "paged_decode" not in kernels_of(63 * CACHE.batch)
+    assert kernels_of(63 * CACHE.batch) == {"paged_attention"}
+
+
+@NEEDS_JAX
+def test_many_kv_heads_take_shorter_chunks():
+    """The kernel that multiplies with all of them at once does more then."""
+    many = replace(CACHE, num_kv_heads=8)
+    assert "paged_prefill" in kernels_of(16 * CACHE.batch, many)
+    assert kernels_of(16 * CACHE.batch - 1, many) == {"paged_attention"}
+    assert kernels_of(63, replace(many, batch=1)) == {"paged_attention"}  # less than a tile
 
 
 def test_prefill_has_no_tiles_of_sequences_apart():

@@ -32,8 +32,7 @@ def single_tokens(problem: Problem) -> Problem | None:
 
 def split(schedule: Schedule) -> tuple[Schedule, Schedule]:
     """Of a packed batch: that of the single tokens, and that of the other sequences."""
-    starts = schedule.query_start_loc
-    is_single = starts[1:] - starts[:-1] == 1
+    is_single = schedule.query_lengths == 1
     made_for = replace(schedule.made_for, is_packed=False)
     singles = Schedule(jnp.where(is_single, schedule.seq_lengths, 0), None, made_for)
     return singles, replace(schedule, is_apart=is_single)
@@ -57,6 +56,6 @@ def attend(
     queries, lse = lax.optimization_barrier((query[row], lse))
     single_out, single_lse = run(singles, queries, apart)
     nowhere = problem.num_tokens + jnp.arange(row.shape[0])  # past the end: dropped
-    row = jnp.where(others.is_apart, row, nowhere)
+    row = jnp.where(schedule.query_lengths == 1, row, nowhere)
     put = lambda all_rows, rows: all_rows.at[row].set(rows, mode="drop", unique_indices=True)
     return put(out, single_out), put(lse, single_lse)

@@ -23,7 +23,9 @@ CONSUMERS = 2  # warpgroups, each with WARPGROUP_ROWS query rows of one head
 ROW_GROUP = 8  # rows that a swizzled copy moves at once: query tiles start at a multiple
 KEY_ROWS, FEW_KEY_ROWS = 128, 64  # of a tile; few where registers would not hold more scores
 RING_ROWS = 256  # of keys in flight; as many of values
-MIN_TOKENS = 64  # per sequence on average: fewer leave most rows of a query tile empty
+# Query tokens per sequence on average: fewer leave most rows of a tile empty.  The other kernel
+# multiplies with the keys of all kv heads at once, so the fewer those are the sooner it does less.
+MIN_TOKENS, MAX_MIN_TOKENS, MIN_TOKENS_TIMES_HEADS = 16, 64, 128
 MAX_IDS = 4  # block ids that a copying warp reads ahead; more take registers it has not
 MAX_HEAD_DIM = 128
 # See plan.py: what all warpgroups hold must not pass what the launch gave.
@@ -94,12 +96,18 @@ def cut_of(
         and cache.head_dim <= MAX_HEAD_DIM
         and cache.block_size % 8 == 0
         and keys.is_exact
-        and num_tokens >= MIN_TOKENS * cache.batch
+        and num_tokens >= max(WARPGROUP_ROWS, _min_tokens(cache.num_kv_heads) * cache.batch)
     )
     if not is_supported:
         return None
     heads = _heads_per_item(num_query_heads // cache.num_kv_heads)
     return Cut(keys, CONSUMERS * WARPGROUP_ROWS // heads, num_tokens)
+
+
+def _min_tokens(num_kv_heads: int) -> int:
+    """Per sequence, on average."""
+    wanted = -(-MIN_TOKENS_TIMES_HEADS // num_kv_heads)
+    return min(max(wanted, MIN_TOKENS), MAX_MIN_TOKENS)
 
 
 def _heads_per_item(group: int) -> int:
