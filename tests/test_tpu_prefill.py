@@ -102,6 +102,11 @@ def test_copies_and_buffers(mode):
         check(make_problem((300, 0, 20), (40, 0, 20)), INTERPRETERS[mode])
 
 
+def test_a_program_with_few_tokens_leaves_groups_out():
+    """Its full tiles still follow each other, and keys of the next are ready in time."""
+    check(make_problem((600,), (20,)), True)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
 def test_heads(num_kv_heads, monkeypatch):
     # one head: a program of two items, whose keys cannot be ahead of their values
@@ -179,6 +184,15 @@ def test_a_plan_fits_its_chip(monkeypatch, num_kv_heads, megabytes):
     plan = plans.plan_prefill(problem, plans.Chip(megabytes << 20, True))
     assert plan is not None
     assert tpu_plans.vmem_bytes(plans.prefill_buffers(problem, plan)) < megabytes << 20
+
+
+@pytest.mark.parametrize("megabytes", [16, 64, 128])
+def test_a_share_of_a_tile_has_whole_blocks(monkeypatch, megabytes):
+    monkeypatch.undo()
+    for block_size in (16, 32, 64, 128, 256):
+        problem = problem_of(block_size=block_size, max_blocks_per_seq=4096 // block_size)
+        plan = plans.plan_prefill(problem, plans.Chip(megabytes << 20, True))
+        assert plan is not None and plan.share_blocks * block_size == plan.share_keys > 0
 
 
 def test_a_chip_out_of_sight_is_the_smallest():

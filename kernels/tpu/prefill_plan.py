@@ -1,14 +1,15 @@
 """How a prefill is cut: rows of queries, tiles and parts of keys, and the memory they take.
 
-A program of the prefill kernel has a tile of query tokens.  Per kv head its rows, (token, query
-head of the group), lie in `row_blocks` blocks of `ITEM_ROWS`; an item is one such block against a
-tile of keys.  Keys come in tiles of whole parts: a tile that every query sees is taken in whole,
-others part by part.  Items go through the kernel in groups; while a group of a whole tile is
-computed, one share of another tile's parts is made ready.  No Pallas import.
+A program of the prefill kernel has a tile of query tokens.  Its rows, (token, query head of the
+group), lie in `row_blocks` blocks of `ITEM_ROWS` per kv head; an item is one such block against
+keys of its head.  Items are ordered by block, then head, so that a group of them is a stripe of
+tokens.  Keys come in tiles of whole parts: a tile that every query sees is taken in whole, others
+part by part, by the stripes that see the part.  While a group takes a whole tile in, one share of
+another tile is made ready.  No Pallas import.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.problem import Problem
 from ..core.schedule import num_query_tiles
@@ -18,16 +19,19 @@ WIDE_UNIT = 256  # a matrix unit of 256 x 256
 ITEM_ROWS = WIDE_UNIT  # queries of an item fill its width
 PART_KEYS = 256  # keys of a part
 TILE_PARTS = 4  # parts of a tile, where memory allows
-MAX_ITEMS = 32  # of a program
+MAX_ITEMS = 64  # of a program
+OPERAND_ITEMS = 32  # of a tile of operands: XLA takes long to compile larger transposes
 MIN_ITEMS = 2  # weights of an item are computed beside the products of the last one's
 GROUP_ITEMS = 8  # of a group at a whole tile: what compiles in time
 PART_GROUP_ITEMS = 16  # of a group at a part
+LIMITS = 3  # of groups at a part: this one's, the next one's, and those of one that is not masked
+NO_LIMITS = LIMITS - 1  # a slot of limits that mask nothing
 MIN_TOKENS = 64  # query tokens per sequence, on average, below which items are mostly empty
 AHEAD = 3  # scores are computed so many items before their softmax, where there are as many
 KEY_SLOTS = 3  # tiles of prepared keys: this visit's, the next one's, a share of the one after
 ACC_ROWS = 16  # of a bfloat16 register: rows of ones below the values, whose product is the sum
 SUBLANES = 8
-SCALAR_BYTES = 48  # of scalar memory, for what a program is told
+SCALAR_BYTES = 52  # of scalar memory, for what a program is told
 
 
 class Chip(NamedTuple):
@@ -64,13 +68,52 @@ class PrefillPlan:
         return self.num_kv_heads * self.row_blocks
 
     @property
+    def operand_blocks(self) -> int:
+        """Row blocks of a tile of queries and results as operands, which XLA transposes."""
+        return min(self.row_blocks, max(1, OPERAND_ITEMS // self.num_kv_heads))
+
+    @property
+    def operand_tiles(self) -> int:
+        """Of a program."""
+        return self.row_blocks // self.operand_blocks
+
+    @property
+    def operand_items(self) -> int:
+        return self.operand_blocks * self.num_kv_heads
+
+    def in_operands(self, head: Any, block: Any) -> tuple[Any, Any]:
+        """Tile and place in it where operands have an item: by head, then block."""
+        tile, block = divmod(block, self.operand_blocks)
+        return tile, head * self.operand_blocks + block
+
+    @property
     def group_items(self) -> int:
-        """Items of a group at a whole tile; no more groups than parts."""
-        return min(self.num_items, max(GROUP_ITEMS, self.num_items // self.num_parts))
+        """Items of a group at a whole tile, which has a share of LANES keys for each, or more."""
+        least = self.num_items * LANES // self.tile_keys
+        return min(self.num_items, max(GROUP_ITEMS, least))
 
     @property
     def part_group_items(self) -> int:
         return min(self.num_items, PART_GROUP_ITEMS)
+
+    @property
+    def part_groups(self) -> int:
+        return self.num_items // self.part_group_items
+
+    @property
+    def part_group_blocks(self) -> int:
+        """Row blocks that a group at a part has items of."""
+        return max(1, self.part_group_items // self.num_kv_heads)
+
+    @property
+    def part_group_tokens(self) -> int:
+        """Query tokens that a group at a part has rows of."""
+        return self.item_tokens * self.part_group_blocks
+
+    @property
+    def part_shares(self) -> int:
+        """Shares that are made ready beside a masked group at a part."""
+        return max(1, self.part_group_items // self.group_items)
 
     @property
     def ahead(self) -> int:
@@ -88,16 +131,12 @@ class PrefillPlan:
         return min(1, self.num_shares - 1)
 
     @property
-    def share_parts(self) -> int:
-        return self.num_parts // self.num_shares
-
-    @property
     def tile_keys(self) -> int:
         return self.part_keys * self.num_parts
 
     @property
     def share_keys(self) -> int:
-        return self.part_keys * self.share_parts
+        return self.tile_keys // self.num_shares
 
     @property
     def share_rows(self) -> int:
@@ -125,6 +164,8 @@ def plan_prefill(problem: Problem, chip: Chip) -> PrefillPlan | None:
     for num_parts in (TILE_PARTS >> shift for shift in range(TILE_PARTS.bit_length())):
         for row_blocks in _row_blocks(problem):
             plan = _make(problem, chip, row_blocks, num_parts)
+            if plan.share_keys % problem.cache.block_size:
+                continue
             is_small = plan.tile_blocks <= TABLE_WINDOW and TABLE_WINDOW % plan.tile_blocks == 0
             is_small &= plan.num_query_tiles * SCALAR_BYTES <= SMEM_BYTES
             if is_small and vmem_bytes(prefill_buffers(problem, plan)) <= plan.vmem_limit:
@@ -181,10 +222,11 @@ def prefill_scratch(plan: PrefillPlan) -> list[Buffer]:
     """Scratch of the kernel, in the order that `prefill._kernel` takes it apart."""
     rows, keys, items = plan.item_rows, plan.tile_keys, plan.num_items
     raw = Buffer("vmem", (2, plan.num_shares * plan.share_rows, plan.head_dim), "bfloat16")
+    limits = LIMITS, plan.part_group_blocks, plan.part_keys, rows
     row = Buffer("vmem", (SUBLANES, rows), "float32")
     # words of two rows: as bfloat16, registers would be stored and loaded by halves
     key_part = plan.num_kv_heads, plan.part_keys // 2, plan.head_dim
-    value_part = plan.num_kv_heads, plan.value_rows // 2, plan.part_keys
+    values = 2, keys // LANES, plan.num_kv_heads, plan.value_rows // 2, LANES
     return [
         *[Buffer("vmem", (keys, rows), "float32")] * (plan.ahead + 1),
         *[row] * (plan.ahead + 1),
@@ -193,9 +235,9 @@ def prefill_scratch(plan: PrefillPlan) -> list[Buffer]:
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, SUBLANES, rows), "float32"),
         Buffer("vmem", (items, plan.value_rows, rows), "float32"),
-        Buffer("vmem", (plan.num_parts, plan.row_blocks, plan.part_keys, rows), "float32"),
+        Buffer("vmem", limits, "float32"),
         Buffer("vmem", (KEY_SLOTS, plan.num_parts, *key_part), "int32"),
-        Buffer("vmem", (2, plan.num_parts, *value_part), "int32"),
+        Buffer("vmem", values, "int32"),
         raw,
         raw,
         Buffer("smem", (2, TABLE_WINDOW), "int32"),

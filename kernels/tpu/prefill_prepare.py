@@ -51,18 +51,18 @@ class Preparation:
 
     def keys_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
         """Prepares keys [first, first + LANES) of a share."""
-        part, at = divmod(first, self.plan.part_keys)
-        part += share * self.plan.share_parts
+        key = share * self.plan.share_keys + first
+        part, at = lax.div(key, self.plan.part_keys), lax.rem(key, self.plan.part_keys)
+        at = pl.ds(pl.multiple_of(lax.div(at, 2), LANES // 2), LANES // 2)
         for head, rows in enumerate(self._rows(0, visit, share, pair, first), 2 * pair):
-            self.tiles[0][visit.key_slot, part, head, at // 2 : (at + LANES) // 2] = rows
+            self.tiles[0][visit.key_slot, part, head, at] = rows
 
     def values_of(self, visit: Visit, share: Any, pair: int, first: int) -> None:
         """Prepares values [first, first + LANES) of a share."""
-        part, at = divmod(first, self.plan.part_keys)
-        part += share * self.plan.share_parts
+        at = lax.div(share * self.plan.share_keys + first, LANES)
         n = self.plan.head_dim // 2
         for head, rows in enumerate(self._rows(1, visit, share, pair, first), 2 * pair):
-            self.tiles[1][visit.slot, part, head, :n, at : at + LANES] = words(rows_of(rows).T)
+            self.tiles[1][visit.slot, at, head, :n] = words(rows_of(rows).T)
 
     def _rows(self, kind: int, visit: Visit, share: Any, pair: int, first: int) -> list[Any]:
         """(LANES, head_dim) of each head of a pair, as words."""

@@ -9,7 +9,7 @@ goes on by a group, `drain` ends it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
 from .blocks import rows_of
+from .plan import LANES
 from .prefill_plan import SUBLANES, PrefillPlan
 
 SUB = 128  # keys of one piece of a softmax
@@ -36,55 +37,50 @@ class Buffers(NamedTuple):
     m: Any  # (items, SUBLANES, rows)
     l: Any  # sums by sublane; unused where the matrix unit sums
     acc: Any  # (items, value rows, rows)
-    limits: Any  # (parts, row blocks, part keys, rows): the most a score may be
+    limits: Any  # (LIMITS, row blocks, part keys, rows): the most a score may be
     keys: Any  # words, (slots, parts, heads, part keys / 2, head_dim)
-    values: Any  # words, (slots, parts, heads, value rows / 2, part keys)
+    values: Any  # words, (slots, keys / LANES, heads, value rows / 2, LANES)
 
 
 class Place(NamedTuple):
-    """Where a step's keys and values are: slots of tiles, and the first part in them."""
+    """Where a step's queries, keys and values are."""
 
-    key_slot: Any
+    first_item: Any
+    key_slot: Any  # slots of tiles
     value_slot: Any
-    part: Any
+    part: Any  # the first one, of tiles
     position: Any  # of the part's first key
+    limits: Any = 0  # slot of what masks the group
 
 
 @dataclass(frozen=True)
 class Step:
-    """Some parts of a prepared tile, for every item: all of them, or one with masks.
-
-    A stream goes from step to step: from tile to tile, or, with masks, from part to part.
-    """
+    """A group of items at some parts of a prepared tile: at all of them, or at one."""
 
     plan: PrefillPlan
     variant: Variant
     buffers: Buffers
-    query: Any  # (items, head_dim, rows)
+    query: Any  # (operand tiles, items by head, head_dim, rows)
     slopes: Any  # (heads, rows) or None
     first_position: Any  # of the query tile
-    kv_stop: Any
-    place: Place
-    before: Place  # of the step before, if the stream began there; else as `place`
-    after: Place  # of the step after, if there is one; else anything
+    here: Place
+    before: Place  # of the step before in the stream; if there is none, any
+    after: Place  # of the step after, likewise
+    is_whole: bool  # takes in all parts of a tile
     is_masked: bool
 
     @property
     def num_parts(self) -> int:
-        return 1 if self.is_masked else self.plan.num_parts
+        return self.plan.num_parts if self.is_whole else 1
+
+    @property
+    def group_items(self) -> int:
+        return self.plan.group_items if self.is_whole else self.plan.part_group_items
 
     @property
     def is_tied(self) -> bool:
         """Whether a softmax waits for scores ahead: not where a part's are soon computed."""
-        return not (self.is_masked and self.plan.sums_on_matrix_unit)
-
-    @property
-    def group_items(self) -> int:
-        return self.plan.part_group_items if self.is_masked else self.plan.group_items
-
-    @property
-    def num_groups(self) -> int:
-        return self.plan.num_items // self.group_items
+        return self.is_whole or not self.plan.sums_on_matrix_unit
 
     def query_positions(self, row_block: Any) -> Any:
         """Positions of an item's rows, (1, rows)."""
@@ -92,9 +88,26 @@ class Step:
         token = lax.div(row, jnp.int32(self.plan.group))
         return self.first_position + row_block * self.plan.item_tokens + token
 
-    def key_positions(self, first: Any, shape: tuple[int, int]) -> Any:
-        key = lax.broadcasted_iota(jnp.int32, shape, 0)
-        return self.place.position + first + key
+
+class Item(NamedTuple):
+    """One of a step's items, counted from the step's first; those outside are its neighbours'."""
+
+    place: Place
+    index: Any  # in the query tile
+    head: Any
+    block: Any
+    block_in_group: Any
+
+
+def item_of(step: Step, i: int) -> Item:
+    count, heads = step.group_items, step.plan.num_kv_heads
+    place = step.before if i < 0 else step.after if i >= count else step.here
+    i %= count
+    first_block = lax.div(place.first_item, jnp.int32(heads))
+    if count % heads:  # a group has some heads of one block
+        head = lax.rem(place.first_item, jnp.int32(heads)) + i
+        return Item(place, place.first_item + i, head, first_block, 0)
+    return Item(place, place.first_item + i, i % heads, first_block + i // heads, i // heads)
 
 
 def scales_late(variant: Variant) -> bool:
@@ -109,8 +122,8 @@ def fill(step: Step) -> None:
     buffers.decay[...] = jnp.ones(buffers.decay.shape, jnp.float32)
     keys = step.num_parts * plan.part_keys
     buffers.weights[1][:keys] = jnp.zeros((keys, plan.item_rows), buffers.weights[1].dtype)
-    for item in range(plan.ahead):
-        scores = _Scores(step, item, item)
+    for i in range(plan.ahead):
+        scores = _Scores(step, i)
         for part in range(step.num_parts):
             scores.multiply(part)
             for piece in range(0, plan.part_keys, SUB):
@@ -125,113 +138,114 @@ def _by_turn(step: Step, chores: Sequence[Callable[[], None]]) -> list[list[Call
     what it writes from what the products read.  So none of it piles up behind the group.
     """
     count = step.group_items * step.num_parts
-    first = step.plan.share_parts - 1  # values of the step before have been read where these go
+    # not before values of the step before have been read where these go
+    first = 0 if not step.is_whole else (step.plan.share_keys - 1) // step.plan.part_keys
     turns: list[list[Callable[[], None]]] = [[] for _ in range(count)]
     for i, action in enumerate(chores):  # early, so that they are done when the group is
         turns[first + i * (count - first) // max(len(chores), count - first)].append(action)
     return turns
 
 
-def advance(step: Step, group: Any, chores: Sequence[Callable[[], None]]) -> None:
+def advance(step: Step, chores: Sequence[Callable[[], None]]) -> None:
     """Takes the keys in for the items of a group; `chores` are done on the way."""
-    plan, count = step.plan, step.group_items
-    first = group * count
+    plan = step.plan
     actions = _by_turn(step, chores)
-    values = _Values(step, first - 1, 1, step.buffers.decay[...])
-    for u in range(count):
-        scores = _Scores(step, first + u + plan.ahead, (u + plan.ahead) % (plan.ahead + 1))
-        weights = _Weights(step, first + u, u)
+    values = _Values(step, -1, step.buffers.decay[...])
+    for i in range(step.group_items):
+        scores, weights = _Scores(step, i + plan.ahead), _Weights(step, i)
         for part in range(step.num_parts):
             scores.multiply(part)
             for piece in range(0, plan.part_keys, SUB):
                 scores.store(part, piece)
                 weights.weigh(part, piece, scores)
             values.multiply(part)
-            for action in actions[u * step.num_parts + part]:
+            for action in actions[i * step.num_parts + part]:
                 action()
         for stage in (scores, weights, values):
             stage.finish()
-        values = _Values(step, first + u, u % 2, weights.decay)
+        values = _Values(step, i, weights.decay)
     step.buffers.decay[...] = values.decay
 
 
 def drain(step: Step) -> None:
     """Ends a stream: the values of the last item."""
-    values = _Values(step, step.plan.num_items - 1, 1, step.buffers.decay[...])
+    values = _Values(step, step.group_items - 1, step.buffers.decay[...])
     for part in range(step.num_parts):
         values.multiply(part)
     values.finish()
 
 
-def store_limits(step: Step) -> None:
-    """Stores what masks the scores of a part, before a stream comes to it."""
-    plan = step.plan
-    shape = (SUB, plan.item_rows)
-    for block in range(plan.row_blocks):
-        query_position = step.query_positions(block)
+def store_limits(step: Step, seq_length: Any) -> None:
+    """Stores what masks the scores of a group at a part, before a stream comes to it."""
+    plan, here = step.plan, step.here
+    first_block = lax.div(here.first_item, jnp.int32(plan.num_kv_heads))
+    for block in range(plan.part_group_blocks):
+        query_position = step.query_positions(first_block + block)
         for first in range(0, plan.part_keys, SUB):
-            keep = step.variant.keep(query_position, step.key_positions(first, shape), step.kv_stop)
+            key_position = here.position + first + _iota((SUB, plan.item_rows))
+            keep = step.variant.keep(query_position, key_position, seq_length)
             limits = jnp.where(keep, UNSEEN, softmax.MASK)
-            step.buffers.limits[step.place.part, block, first : first + SUB] = limits
+            step.buffers.limits[here.limits, block, first : first + SUB] = limits
+
+
+def _iota(shape: tuple[int, int]) -> Any:
+    return lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
 class _Scores:
-    """The scores of an item, and their running maximum; past the last item, of the step after."""
+    """The scores of an item, and their running maximum."""
 
-    def __init__(self, step: Step, item: Any, score_slot: int) -> None:
-        plan = step.plan
-        self.score_slot = score_slot
-        is_after = item >= plan.num_items
-        self.item = jnp.where(is_after, item - plan.num_items, item)
-        self.step = replace(step, place=_choose(is_after, step.after, step.place))
-        self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
-        self.block = lax.rem(self.item, jnp.int32(plan.row_blocks))
+    def __init__(self, step: Step, i: int) -> None:
+        self.step, self.item = step, item_of(step, i)
+        self.slot = i % (step.plan.ahead + 1)
+        # where a step without masks ends, the next one may have some
+        self.is_masked = step.is_masked or not (step.is_whole or i < step.group_items)
         self.tops: list[Any] = []  # after each piece
         self.dots: Any = None  # of a part
 
     def multiply(self, part: int) -> None:
-        step = self.step
-        keys = rows_of(step.buffers.keys[step.place.key_slot, step.place.part + part, self.head])
-        self.dots = jnp.dot(keys, step.query[self.item], preferred_element_type=jnp.float32)
+        step, (place, _, head, block, _) = self.step, self.item
+        keys = rows_of(step.buffers.keys[place.key_slot, place.part + part, head])
+        query = step.query[step.plan.in_operands(head, block)]
+        self.dots = jnp.dot(keys, query, preferred_element_type=jnp.float32)
 
     def store(self, part: int, piece: int) -> None:
         key = part * self.step.plan.part_keys + piece
         scores = self._score(self.dots[piece : piece + SUB], key, piece)
-        self.step.buffers.scores[self.score_slot][key : key + SUB] = scores
+        self.step.buffers.scores[self.slot][key : key + SUB] = scores
         top = _over_sublanes(scores, jnp.max)
         self.tops.append(jnp.maximum(self.tops[-1], top) if self.tops else top)
 
     def _score(self, dots: Any, key: int, piece: int) -> Any:
-        step = self.step
+        step, (place, _, head, block, block_in_group) = self.step, self.item
         if not scales_late(step.variant):
-            query_position = step.query_positions(self.block)
-            key_position = step.key_positions(key, dots.shape)
-            slope = None if step.slopes is None else step.slopes[pl.ds(self.head, 1)]
+            query_position = step.query_positions(block)
+            key_position = place.position + key + _iota(dots.shape)
+            slope = None if step.slopes is None else step.slopes[pl.ds(head, 1)]
             dots = step.variant.score(dots, query_position, key_position, slope, LOG2E)
-        if step.is_masked:
-            dots = jnp.minimum(
-                dots, step.buffers.limits[step.place.part, self.block, piece : piece + SUB]
-            )
+        if self.is_masked:
+            limits = step.buffers.limits[place.limits, block_in_group, piece : piece + SUB]
+            dots = jnp.minimum(dots, limits)
         return dots
 
     def finish(self) -> None:
-        self.step.buffers.tops[self.score_slot][...] = self.tops[-1]
+        self.step.buffers.tops[self.slot][...] = self.tops[-1]
 
 
 class _Weights:
     """The weights of an item, with the maximum of all keys so far."""
 
-    def __init__(self, step: Step, item: Any, u: int) -> None:
-        self.step, self.item = step, item
+    def __init__(self, step: Step, i: int) -> None:
+        self.step, self.item = step, item_of(step, i).index
         buffers, variant = step.buffers, step.variant
-        slot = u % (step.plan.ahead + 1)
-        self.scores, self.weights = buffers.scores[slot], buffers.weights[u % 2]
+        slot = i % (step.plan.ahead + 1)
+        self.scores, self.weights = buffers.scores[slot], buffers.weights[i % 2]
         top = jnp.max(buffers.tops[slot][...], axis=0, keepdims=True)
-        before = buffers.m[item]
+        before = buffers.m[self.item]
         self.m = jnp.maximum(before, jnp.broadcast_to(top, before.shape))
-        buffers.m[item] = self.m
+        buffers.m[self.item] = self.m
         self.decay = jnp.exp2(exponent(variant, before - self.m))
-        self.l = None if step.plan.sums_on_matrix_unit else buffers.l[item] * self.decay
+        self.l = None if step.plan.sums_on_matrix_unit else buffers.l[self.item] * self.decay
 
     def weigh(self, part: int, piece: int, ahead: _Scores) -> None:
         key = part * self.step.plan.part_keys + piece
@@ -253,30 +267,25 @@ class _Weights:
 
 
 class _Values:
-    """The weighted values of an item; before the first item, of the step before."""
+    """The weighted values of an item."""
 
-    def __init__(self, step: Step, item: Any, weight_slot: int, decay: Any) -> None:
-        plan = step.plan
-        is_before = item < 0
+    def __init__(self, step: Step, i: int, decay: Any) -> None:
         self.step, self.decay = step, decay
-        self.weights = step.buffers.weights[weight_slot]
-        self.place = _choose(is_before, step.before, step.place)
-        self.item = jnp.where(is_before, item + plan.num_items, item)
-        self.head = lax.div(self.item, jnp.int32(plan.row_blocks))
-        self.acc = step.buffers.acc[self.item] * decay[:1]
+        self.item = item_of(step, i)
+        self.weights = step.buffers.weights[i % 2]
+        self.acc = step.buffers.acc[self.item.index] * decay[:1]
 
     def multiply(self, part: int) -> None:
         buffers, count = self.step.buffers, self.step.plan.part_keys
-        values = rows_of(buffers.values[self.place.value_slot, self.place.part + part, self.head])
+        place, _, head, *_ = self.item
+        first, pieces = (place.part + part) * (count // LANES), range(count // LANES)
+        values = [buffers.values[place.value_slot, first + n, head] for n in pieces]
+        values = rows_of(jnp.concatenate(values, axis=1))
         weights = self.weights[part * count : (part + 1) * count]
         self.acc += jnp.dot(values, weights, preferred_element_type=jnp.float32)
 
     def finish(self) -> None:
-        self.step.buffers.acc[self.item] = self.acc
-
-
-def _choose(condition: Any, some: Place, others: Place) -> Place:
-    return Place(*(jnp.where(condition, a, b) for a, b in zip(some, others, strict=True)))
+        self.step.buffers.acc[self.item.index] = self.acc
 
 
 def exponent(variant: Variant, difference: Any) -> Any:

@@ -26,6 +26,7 @@ class Programs(NamedTuple):
 
     sequence: Any
     seq_length: Any
+    num_tokens: Any
     first_position: Any
     kv_start: Any
     kv_stop: Any
@@ -49,6 +50,7 @@ def programs_of(plan: PrefillPlan, variant: Variant, tiles: QueryTiles, layer: A
     return Programs(
         tiles.sequence,
         tiles.seq_length,
+        tiles.num_tokens,
         tiles.first_position,
         tiles.kv_start,
         tiles.kv_stop,
@@ -71,7 +73,11 @@ class Visit(NamedTuple):
     @property
     def next_of_program(self) -> "Visit":
         """At the next tile."""
-        return Visit(self.program, self.tile + 1, self.number + 1)
+        return self.at(self.tile + 1)
+
+    def at(self, tile: Any) -> "Visit":
+        """The same program's visit to another of its tiles."""
+        return Visit(self.program, tile, self.number + (tile - self.tile))
 
     @property
     def slot(self) -> Any:
