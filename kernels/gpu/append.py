@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from ..core.problem import AppendProblem, CacheShape
-from . import blocks
+from . import blocks, device
 from .blocks import divide, pl, plgpu, remainder
 from .plan import (
     INT32_MAX,
@@ -125,6 +125,8 @@ def _token_rows(cache: CacheShape) -> int:
 def unsupported(problem: AppendProblem) -> str | None:
     """Why the kernel does not take the problem, and the way out; None if it does."""
     cache, way_out = problem.cache, 'use implementation="xla"'
+    if (reason := device.lacks("append" if _vector(cache) else "copies")) is not None:
+        return reason
     if _row_bytes(cache) % ROW_ALIGNMENT:
         return (
             f"mosaic_gpu: a row of head_dim={cache.head_dim} in {cache.dtype} must be a multiple "

@@ -14,6 +14,7 @@ from jax import lax
 from ..core.problem import CacheShape, Problem
 from ..core.schedule import QueryTiles, num_query_tiles
 from ..core.variant import Variant
+from . import device
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float16")
@@ -308,6 +309,8 @@ def work_list(tiles: QueryTiles, variant: Variant, keys: KeyTiles) -> Item:
 def unsupported(problem: Problem) -> str | None:
     """Why the kernel does not take the problem, and the way out; None if it does."""
     cache, way_out = problem.cache, 'use implementation="xla"'
+    if (reason := device.lacks("attention")) is not None:
+        return reason
     if cache.dtype not in DTYPES:
         return f"mosaic_gpu: pools of {cache.dtype} are none of {', '.join(DTYPES)}; {way_out}"
     if problem.query_dtype not in QUERY_DTYPES:

@@ -34,6 +34,7 @@ FOR_RANDOM, FOR_SANITIZER = 110.0, 50.0  # kept back from the timings
 FOR_ONE_CASE = 15.0
 STUCK_SECONDS = 150.0  # one step that takes longer never ends: a barrier that is not completed
 STUCK = 3  # the exit status of that
+SEEDS, TRIAL_SEEDS = 20, 2  # random draws of each form, on a device and in the interpreter
 
 
 @dataclass
@@ -156,7 +157,9 @@ class Check:
         """Says what is done, writes the record afterwards, and ends a run that is stuck."""
         say = lambda doing: _say(f"[{self.budget.used:4.0f} s] {name}: {doing}")
         _say(f"[{self.budget.used:4.0f} s] {name}")
-        timer = threading.Timer(STUCK_SECONDS, self._stuck, [name])
+        # the interpreter is slow, and as slow as what runs beside it
+        patience = STUCK_SECONDS * (4 if self.options.dry_run else 1)
+        timer = threading.Timer(patience, self._stuck, [name])
         timer.daemon = True
         timer.start()
         try:
@@ -222,7 +225,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seconds", type=float, default=SECONDS, help="what is not done by then is skipped")
     add("--seed", type=int, help="of the random draws; default: a fresh one, which is recorded")
-    add("--seeds", type=int, default=20, metavar="N", help="random draws of each form")
+    add("--seeds", type=int, metavar="N", help="random draws of each form, 20 by default")
     add("--jobs", type=int, default=4, help="programs compiled ahead at once; 0: none")
     add("--part", choices=("all", "fuzz"), default="all", help="fuzz: random draws alone")
     add("--forms", nargs="+", metavar="NAME", help="draw these forms alone")
@@ -233,7 +236,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=IMPLEMENTATION,
         help="what is checked; default: %(default)s",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.seeds is None:
+        options.seeds = TRIAL_SEEDS if options.dry_run else SEEDS
+    return options
 
 
 def _refuse(reason: str) -> int:

@@ -34,6 +34,13 @@ ARCHS = {
     "B200": Arch(
         (10, 0), "NVIDIA B200", 148, 232448, 233472, 191514411008, 7672320000000, 132644864, 1.965
     ),
+    "A100": Arch(
+        (8, 0), "NVIDIA A100-SXM4-80GB", 108, 166912, 167936, 84987740160, 2039000000000, 41943040,
+        1.41,
+    ),
+    "L40S": Arch(
+        (8, 9), "NVIDIA L40S", 142, 101376, 102400, 47810936832, 864000000000, 100663296, 2.52
+    ),
 }  # fmt: skip
 
 
@@ -47,6 +54,8 @@ def devices(arch: str, count: int) -> Any:
     """The devices of one host, to compile for."""
     a = ARCHS[arch]
     major, minor = a.capability
+    # instructions of one architecture alone; there are none before Hopper
+    features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     config = f"""
       gpu_device_info {{
         threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {THREADS_PER_SM}
@@ -58,7 +67,7 @@ def devices(arch: str, count: int) -> Any:
         memory_bandwidth: {a.memory_bandwidth} l2_cache_size: {a.l2_bytes}
         clock_rate_ghz: {a.clock_ghz} device_memory_size: {a.memory_bytes} device_address_bits: 64
         cuda_compute_capability {{
-          major: {major} minor: {minor} feature_extension: ACCELERATED_FEATURES }}
+          major: {major} minor: {minor} {features} }}
         name: "{a.name}" driver_version: "13.0.0" runtime_version: "13.0.0"
         compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0" }}
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
