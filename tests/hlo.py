@@ -160,9 +160,10 @@ COLLECTIVES = (
 
 
 def collectives(compiled):
-    """(name, elements of its results on one device) of each place where devices meet, sorted."""
+    """(name, elements of its results on one device) of each place where devices meet, sorted.
+
+    One that starts and is done later counts as what is done: the start has its operands as well.
+    """
     bodies = parse(compiled).computations.values()
-    found = [
-        (i.opcode.removesuffix("-start"), sum(i.sizes)) for body in bodies for i in body.values()
-    ]
-    return sorted(pair for pair in found if pair[0] in COLLECTIVES)
+    each = [(i.opcode.removesuffix("-done"), sum(i.sizes)) for b in bodies for i in b.values()]
+    return sorted(pair for pair in each if pair[0] in COLLECTIVES)

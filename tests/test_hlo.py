@@ -1,5 +1,7 @@
 """The reader of HLO finds what it is there to find."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -74,3 +76,16 @@ def compile_on_a_mesh(function, spec):
 )
 def test_where_devices_meet_is_reported(function, spec, found):
     assert collectives(compile_on_a_mesh(function, spec)) == found
+
+
+ASYNC = """HloModule m
+ENTRY %main (p: f32[6,2]) -> f32[6,2] {
+  %p = f32[6,2]{1,0} parameter(0)
+  %start = ((f32[6,2]{1,0}), f32[6,2]{1,0}) all-reduce-start(%p), channel_id=1, to_apply=%max
+  ROOT %done = f32[6,2]{1,0} all-reduce-done(%start)
+}
+"""
+
+
+def test_a_meeting_that_starts_and_is_done_later_counts_once():
+    assert collectives(types.SimpleNamespace(as_text=lambda: ASYNC)) == [("all-reduce", 12)]

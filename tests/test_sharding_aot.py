@@ -131,7 +131,7 @@ def assert_pools_stay(case):
     else:
         hlo.assert_updated_in_place(compiled, pool_of_a_device)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries < pool_of_a_device // 2, temporaries  # a quarter of one, in bytes
+    assert temporaries < pool_of_a_device, temporaries  # half of one, in bytes: no room for a copy
 
 
 DATA_TENSOR, CONTEXT = (("data", 2), ("tensor", 2)), (("context", 4),)
