@@ -30,7 +30,7 @@ AXES = {
     "heads": ((1, 8), (8, 4), (3, 5)),  # kv heads, query heads per kv head
     "dtypes": (("bfloat16", "bfloat16"), ("float16", "float32")),  # of the pools, of the query
     "variant": (Variant(1.0), Variant(1.0, is_causal=False, window=(7, 5)), ALL_AT_ONCE),
-    "tokens": (None, 24, 512),  # packed tokens; None is one per sequence
+    "tokens": (None, 24, 516),  # packed tokens, also no multiple of 8; None: no packing
 }
 PAIRWISE = pairwise_rows(AXES, 18)
 

@@ -58,7 +58,7 @@ def attend(
     if alibi_slopes is None:
         alibi_slopes = jnp.zeros((problem.num_query_heads,), jnp.float32)
     inputs = Inputs(
-        query=query.astype(cache.dtype),
+        query=jnp.pad(query.astype(cache.dtype), ((0, -len(query) % ROW_GROUP), (0, 0), (0, 0))),
         keys=key_pool.reshape(pool),
         values=value_pool.reshape(pool),
         table=block_table,
@@ -68,21 +68,21 @@ def attend(
         slopes=alibi_slopes.astype(jnp.float32),
     )
     outputs = Outputs(*_call(problem, plan, interpret)(*inputs))
-    return outputs.out, outputs.lse[:, : problem.num_tokens].T
+    return outputs.out[: problem.num_tokens], outputs.lse[:, : problem.num_tokens].T
 
 
 def _call(problem: Problem, plan: PrefillPlan, interpret: Any) -> Any:
     """The kernel, as a function of `Inputs` that returns `Outputs`."""
-    heads, tokens = problem.num_query_heads, problem.num_tokens
-    # a row of a copied array is a multiple of 16 bytes
-    lse = (heads, -(-tokens // ROW_GROUP) * ROW_GROUP)
+    heads = problem.num_query_heads
+    # a swizzled copy is of an array of whole row groups
+    tokens = -(-problem.num_tokens // ROW_GROUP) * ROW_GROUP
     return blocks.kernel(
         partial(_body, problem=problem, plan=plan, is_simulated=interpret is not None),
         name="paged_prefill",
         cost=problem.cost,
         out_type=Outputs(
             jax.ShapeDtypeStruct((tokens, heads, problem.cache.head_dim), problem.query_dtype),
-            jax.ShapeDtypeStruct(lse, jnp.float32),
+            jax.ShapeDtypeStruct((heads, tokens), jnp.float32),
         ),
         grid=(plan.num_ctas,),
         grid_names=("cta",),

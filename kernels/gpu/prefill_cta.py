@@ -15,7 +15,7 @@ from .prefill_plan import CONSUMERS, PrefillPlan
 class Inputs(NamedTuple):
     """Refs in device memory."""
 
-    query: Any  # (num_tokens, num_query_heads, head_dim)
+    query: Any  # (num_tokens up to a multiple of ROW_GROUP, num_query_heads, head_dim)
     keys: Any  # (num_layers * num_blocks, block_size, num_kv_heads, head_dim)
     values: Any
     table: Any  # int32 (batch, max_blocks_per_seq)
@@ -28,8 +28,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """Refs in device memory."""
 
-    out: Any  # (num_tokens, num_query_heads, head_dim)
-    lse: Any  # float32 (num_query_heads, num_tokens up to a multiple of ROW_GROUP)
+    out: Any  # as the query
+    lse: Any  # float32 (num_query_heads, tokens of the query)
 
 
 class Work(NamedTuple):
