@@ -165,7 +165,8 @@ def _finish(kernel: Kernel, last: Visit, out: Any, lse: Any) -> None:
         items = range(plan.group_items)
         placed = [((i + 1) / len(chores), chore) for i, chore in enumerate(chores)]
         for u in items:
-            _finish_item(kernel, group * plan.group_items + u, out, lse)
+            item = steps.item_at(plan, group * plan.group_items, u, plan.group_items)
+            _finish_item(kernel, item, out, lse)
             for at, chore in placed:
                 if u < at * len(items) <= u + 1:
                     chore()
@@ -183,8 +184,9 @@ def _finish(kernel: Kernel, last: Visit, out: Any, lse: Any) -> None:
         lax.fori_loop(0, plan.num_shares, with_chores, None)
 
 
-def _finish_item(kernel: Kernel, item: Any, out: Any, lse: Any) -> None:
+def _finish_item(kernel: Kernel, at: tuple[Any, Any, Any], out: Any, lse: Any) -> None:
     plan, variant, buffers = kernel.plan, kernel.problem.variant, kernel.buffers
+    item, head, block = at
     acc = buffers.acc[item]
     if plan.sums_on_matrix_unit:
         l = acc[plan.head_dim : plan.head_dim + 1]
@@ -192,10 +194,9 @@ def _finish_item(kernel: Kernel, item: Any, out: Any, lse: Any) -> None:
         l = jnp.sum(buffers.l[item], axis=0, keepdims=True)
     m = steps.exponent(variant, buffers.m[item, :1])
     value, row = softmax.finish(ROWS, softmax.State(m, l, acc[: plan.head_dim]))
-    heads = jnp.int32(plan.num_kv_heads)
-    tile, at = plan.in_operands(lax.rem(item, heads), lax.div(item, heads))
-    out[tile, at] = value.astype(out.dtype)
-    lse[tile, pl.ds(at, 1)] = row
+    tile, place = steps.in_operands(plan, head, block)
+    out[tile, place] = value.astype(out.dtype)
+    lse[tile, pl.ds(place, 1)] = row
     _reset(buffers, item)
 
 

@@ -9,7 +9,7 @@ another tile is made ready.  No Pallas import.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..core.problem import Problem
 from ..core.schedule import num_query_tiles
@@ -80,11 +80,6 @@ class PrefillPlan:
     @property
     def operand_items(self) -> int:
         return self.operand_blocks * self.num_kv_heads
-
-    def in_operands(self, head: Any, block: Any) -> tuple[Any, Any]:
-        """Tile and place in it where operands have an item: by head, then block."""
-        tile, block = divmod(block, self.operand_blocks)
-        return tile, head * self.operand_blocks + block
 
     @property
     def group_items(self) -> int:

@@ -100,20 +100,32 @@ class Item(NamedTuple):
 
 
 def item_of(step: Step, i: int) -> Item:
-    count, heads = step.group_items, step.plan.num_kv_heads
+    count = step.group_items
     place = step.before if i < 0 else step.after if i >= count else step.here
     i %= count
-    first_block = lax.div(place.first_item, jnp.int32(heads))
+    index, head, block = item_at(step.plan, place.first_item, i, count)
+    return Item(place, index, head, block, i // step.plan.num_kv_heads)
+
+
+def item_at(plan: PrefillPlan, first: Any, i: int, count: int) -> tuple[Any, Any, Any]:
+    """(index, head, row block) of item `i` of a group of `count` items."""
+    heads = plan.num_kv_heads
+    first_block = lax.div(first, jnp.int32(heads))
     if count % heads:  # a group has some heads of one block
-        head = lax.rem(place.first_item, jnp.int32(heads)) + i
-        return Item(place, place.first_item + i, head, first_block, 0)
-    return Item(place, place.first_item + i, i % heads, first_block + i // heads, i // heads)
+        return first + i, lax.rem(first, jnp.int32(heads)) + i, first_block
+    return first + i, i % heads, first_block + i // heads
 
 
 def scales_late(variant: Variant) -> bool:
     """Scores are dot products times a positive number, so their maximum may be taken before it."""
     is_linear = variant.logits_soft_cap is None and not variant.has_alibi
     return is_linear and 1e-6 < variant.scale < 1e6
+
+
+def in_operands(plan: PrefillPlan, head: Any, block: Any) -> tuple[Any, Any]:
+    """Tile and place in it where operands have an item: by head, then block."""
+    blocks = jnp.int32(plan.operand_blocks)
+    return lax.div(block, blocks), head * blocks + lax.rem(block, blocks)
 
 
 def fill(step: Step) -> None:
@@ -206,7 +218,7 @@ class _Scores:
     def multiply(self, part: int) -> None:
         step, (place, _, head, block, _) = self.step, self.item
         keys = rows_of(step.buffers.keys[place.key_slot, place.part + part, head])
-        query = step.query[step.plan.in_operands(head, block)]
+        query = step.query[in_operands(step.plan, head, block)]
         self.dots = jnp.dot(keys, query, preferred_element_type=jnp.float32)
 
     def store(self, part: int, piece: int) -> None:
