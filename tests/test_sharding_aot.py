@@ -136,6 +136,7 @@ def assert_pools_stay(case):
 
 DATA_TENSOR, CONTEXT = (("data", 2), ("tensor", 2)), (("context", 4),)
 ALL_THREE = (("data", 2), ("tensor", 2), ("context", 2))
+FOUR_HEADS_EACH = (("data", 4), ("tensor", 2))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ ALL_THREE = (("data", 2), ("tensor", 2), ("context", 2))
         Case("v5e", DATA_TENSOR, EXPLICIT, is_packed=True),
         Case("v6e", CONTEXT),
         pytest.param(Case("H100", ALL_THREE, EXPLICIT), marks=needs_cuda),
+        pytest.param(Case("H100", FOUR_HEADS_EACH, is_packed=True), marks=needs_cuda),
     ],
     ids=str,
 )

@@ -42,18 +42,21 @@ def attend(
     interpret = blocks.interpreter(interpret)
     is_simulated = interpret is not None
     pools = (key_pool, value_pool, block_table)
+    # Prefill has code for single warps, to which JAX gives no array that varies in a shard_map.
+    is_varying = bool(jax.typeof(query).manual_axis_type.varying)
 
     def run(problem: Problem, query: jax.Array, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
         arrays = (query, *pools, schedule, alibi_slopes, layer)
         if (plan := decode_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
             out, lse = decode.attend(problem, plan, *arrays, interpret=interpret)
             return out, lse
-        if (plan := prefill_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
+        plan = prefill_plans.plan_of(problem, is_simulated=is_simulated)
+        if plan is not None and not is_varying:
             return prefill.attend(problem, plan, *arrays, interpret=interpret)
         return _attend_ragged(problem, *arrays, interpret=interpret)
 
     singles = singles_of(problem)
-    if singles is None:
+    if singles is None or is_varying:
         return run(problem, query, schedule)
     return mixed.attend(problem, singles, run, query, schedule)
 
