@@ -32,6 +32,7 @@ def run_main(capsys, *arguments):
     return status, text, [int(number) for number in match.groups()], err
 
 
+@pytest.mark.slow
 def test_the_command_answers_with_paris():
     default_model()  # skips or fails as it should where there is no model
     command = [sys.executable, "-m", "tools.generate", "--max-tokens", "16"]

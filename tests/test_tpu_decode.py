@@ -71,10 +71,20 @@ CASES = {
     ),
     "one_kv_head": ((*EDGES, 300), (8, 1), {}, {}),
     "one_step": ((40, 17, 0, 64), (8, 4), {"STEP_ROWS": 1024}, {}),
-    "one_full_step": ((64, 64), (8, 4), {"STEP_ROWS": 1024}, {"max_blocks_per_seq": 4}),
+    "one_full_step": (
+        (64, 64),
+        (8, 4),
+        {"STEP_ROWS": 1024},
+        {"max_blocks_per_seq": 4, "options": {"is_causal": False}},
+    ),
     "runs": ((256, 100, 192), (8, 1), {}, {"is_ordered": True}),
-    "two_programs": ((5, 0, 0, 40, 17, 64, 1, 0, 0, 33, 80), (8, 2), {"QUERY_BYTES": 1}, {}),
-    "filled_heads": ((70, 3), (6, 2), {}, {}),
+    "two_programs": (
+        (5, 0, 0, 40, 17, 64, 1, 0, 0, 33, 80),
+        (8, 2),
+        {"QUERY_BYTES": 1},
+        {"num_layers": 3},
+    ),
+    "filled_heads": ((70, 33), (6, 2), {}, {"options": {"query_dtype": "float32"}}),
     # three chunks of a tile, sums pass through memory
     "many_heads": (
         (160, 17, 256),
@@ -83,8 +93,6 @@ CASES = {
         {},
     ),
     "many_kv_heads": ((17, 0, 40), (32, 32), {"MAX_TILE_ROWS": 512}, {}),
-    "layers": ((70, 0, 33), (8, 4), {}, {"num_layers": 3}),
-    "float32_query": ((70, 33), (8, 4), {}, {"options": {"query_dtype": "float32"}}),
     "window": (
         (200, 5, 90, 17, 64),
         (8, 4),
@@ -92,7 +100,6 @@ CASES = {
         {"first_kept": (159, 0, 49, 0, 23), "options": {"local_window_size": (40, 0)}},
     ),
     "itself_alone": ((33, 0, 1), (8, 4), {}, {"options": {"local_window_size": 0}}),
-    "not_causal": ((70, 16), (8, 4), {}, {"options": {"is_causal": False}}),
     "capped_with_slopes": (
         (70, 0, 130),
         (8, 4),

@@ -28,10 +28,8 @@ VARIANTS = {
     "both_sides": {"local_window_size": (150, 9), "is_causal": False},
     "cap": {"logits_soft_cap": 2.5},
     "alibi": {"has_slopes": True},
-    "full": {"is_causal": False, "scale": 0.25},
-    "negative_scale": {"scale": -0.2},
-    "stack": {"num_layers": 3, "query_dtype": "float32"},
-    "group3": {"group": 3, "block_size": 32},
+    "full": {"is_causal": False, "scale": 0.25, "group": 3, "block_size": 32},
+    "stack": {"num_layers": 3, "query_dtype": "float32", "scale": -0.2},
 }
 
 
@@ -91,7 +89,8 @@ def check(problem, interpret, lse_row="kernel lse"):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant):
-    check(make_problem(**VARIANTS[variant]), True)
+    sums = "kernel float32" if variant == "plain" else "kernel lse"  # exact, where made by lanes
+    check(make_problem(**VARIANTS[variant]), True, sums)
 
 
 @pytest.mark.timeout(600)
@@ -107,7 +106,7 @@ def test_a_program_with_few_tokens_leaves_groups_out():
     check(make_problem((600,), (20,)), True)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
 def test_heads(num_kv_heads, monkeypatch):
     # one head: a program of two items, whose keys cannot be ahead of their values
     monkeypatch.setattr(plans, "_row_blocks", lambda problem: [2 if num_kv_heads == 1 else 1])
@@ -117,10 +116,6 @@ def test_heads(num_kv_heads, monkeypatch):
 def test_sums_on_the_matrix_unit(monkeypatch):
     monkeypatch.setattr(device, "LEAST_MATRIX_UNIT", 256)
     check(make_problem(), True)
-
-
-def test_sums_by_lanes_are_exact():
-    check(make_problem(), True, "kernel float32")
 
 
 def test_no_query_at_all():
