@@ -113,9 +113,13 @@ def test_heads(num_kv_heads, monkeypatch):
     check(make_problem(num_kv_heads=num_kv_heads, group=2), True)
 
 
-def test_sums_on_the_matrix_unit(monkeypatch):
+def test_a_wide_matrix_unit_and_parts_left_out_by_half(monkeypatch):
+    """It sums weights; stripes that see the former half of a part lie between others."""
     monkeypatch.setattr(device, "LEAST_MATRIX_UNIT", 256)
-    check(make_problem(), True)
+    monkeypatch.setattr(plans, "PART_KEYS", 256)
+    monkeypatch.setattr(plans, "TILE_PARTS", 1)
+    monkeypatch.setattr(plans, "PART_GROUP_ITEMS", 2)
+    check(make_problem((300, 0, 330, 40, 257), (70, 0, 80, 40, 1)), True)
 
 
 def test_no_query_at_all():
@@ -125,22 +129,24 @@ def test_no_query_at_all():
     assert np.all(np.asarray(lse) == -np.inf)
 
 
-def test_blocks_outside_the_pool_attend_as_empty():
-    """A sequence with a wild used entry sees no key; the others are as before."""
+def test_values_that_are_not_finite_stay_in_their_sequence(monkeypatch):
+    """Nor does one behind it, with a wild used entry, see any key; the others are as before."""
+    monkeypatch.setattr(device, "LEAST_MATRIX_UNIT", 256)
     problem = make_problem()
-    table = problem.cache.block_table.at[2, 1].set(2**30)
-    cache = dataclasses.replace(problem.cache, block_table=table)
+    cache, first = problem.cache, problem.cache.block_table[0, 0]
+    table = cache.block_table.at[2, 1].set(2**30)
+    values = cache.value_pool.at[first].set(np.nan)
+    cache = dataclasses.replace(cache, block_table=table, value_pool=values)
     poisoned = dataclasses.replace(problem.poisoned, cache=cache)
     wild = dataclasses.replace(problem, poisoned=poisoned)
     out, lse = problems.attend(wild, implementation="mosaic_tpu", interpret=True)
+    out, lse = np.asarray(out, np.float64), np.asarray(lse)
     expected_out, expected_lse = problem.expected()
-    tokens = slice(*problem.query_start_loc[2:4])
-    assert not np.asarray(out[tokens], np.float32).any()
-    assert np.all(np.asarray(lse[tokens]) == -np.inf)
-    others = np.delete(np.arange(len(out)), tokens)
-    np.testing.assert_allclose(
-        np.asarray(out, np.float64)[others], expected_out[others], **of_output("kernel", "bfloat16")
-    )
+    spoilt, empty = (slice(*problem.query_start_loc[i : i + 2]) for i in (0, 2))
+    assert np.isnan(out[spoilt]).all()
+    assert not out[empty].any() and np.all(lse[empty] == -np.inf)
+    others = np.delete(np.arange(len(out)), np.r_[spoilt, empty])
+    np.testing.assert_allclose(out[others], expected_out[others], **of_output("kernel", "bfloat16"))
     np.testing.assert_allclose(lse[others], expected_lse[others], **tolerance("kernel lse"))
 
 

@@ -19,7 +19,7 @@ from .prefill_beside import Beside, Chore, beside_of, copying, do_all, making
 from .prefill_parts import visit_parts
 from .prefill_plan import NO_LIMITS, PrefillPlan
 from .prefill_program import Kernel, kernel_of, step_of
-from .prefill_step import UNSEEN, Buffers, Place, Step
+from .prefill_step import UNSEEN, Place, Step
 from .prefill_visits import Visit, following
 
 ROWS = softmax.Rows(
@@ -54,7 +54,7 @@ def run(problem: Problem, plan: PrefillPlan, is_interpreted: bool, *refs: Any) -
 def _start(kernel: Kernel, first: Visit) -> None:
     """Before the first visit: its tile is made ready, the second one's on its way."""
     plan, copies, buffers = kernel.plan, kernel.copies, kernel.buffers
-    lax.fori_loop(0, plan.num_items, lambda item, _: _reset(buffers, item), None)
+    lax.fori_loop(0, plan.num_items, lambda item, _: _reset(kernel, item), None)
     buffers.limits[NO_LIMITS] = jnp.full(buffers.limits.shape[1:], UNSEEN, jnp.float32)
     if plan.sums_on_matrix_unit:
         ones = (*buffers.values.shape[:3], (plan.value_rows - plan.head_dim) // 2, LANES)
@@ -197,11 +197,14 @@ def _finish_item(kernel: Kernel, at: tuple[Any, Any, Any], out: Any, lse: Any) -
     tile, place = steps.in_operands(plan, head, block)
     out[tile, place] = value.astype(out.dtype)
     lse[tile, pl.ds(place, 1)] = row
-    _reset(buffers, item)
+    _reset(kernel, item)
 
 
-def _reset(buffers: Buffers, item: Any) -> None:
+def _reset(kernel: Kernel, item: Any) -> None:
     """For an item that has seen nothing yet."""
+    buffers, plan = kernel.buffers, kernel.plan
     buffers.m[item] = jnp.full(buffers.m.shape[1:], softmax.FLOOR, jnp.float32)
-    buffers.l[item] = jnp.zeros(buffers.l.shape[1:], jnp.float32)
-    buffers.acc[item] = jnp.zeros(buffers.acc.shape[1:], jnp.float32)
+    if not plan.sums_on_matrix_unit:
+        buffers.l[item] = jnp.zeros(buffers.l.shape[1:], jnp.float32)
+    if plan.resets_values:
+        buffers.acc[item] = jnp.zeros(buffers.acc.shape[1:], jnp.float32)

@@ -23,7 +23,12 @@ class _Part(NamedTuple):
 
     number: Any
     place: Place
-    is_full: Any  # every query of the group sees every key of the part
+    kind: Any  # of the three below
+
+
+FULL = 0  # every query of the group sees every key of the part
+CUT = 1
+HALF = 2  # as CUT, and no query sees the latter half of the keys
 
 
 class _Stream(NamedTuple):
@@ -43,6 +48,10 @@ class _Parts(NamedTuple):
     @property
     def stop(self) -> Any:
         return jnp.int32(self.kernel.plan.num_parts * self.kernel.plan.part_groups)
+
+    @property
+    def have_halves(self) -> bool:
+        return self.kernel.plan.part_keys % (2 * steps.SUB) == 0
 
     def _queries(self, number: Any) -> tuple[Any, Any, Any]:
         """Positions [first, last] of a group's queries; whether there are any."""
@@ -88,32 +97,42 @@ class _Parts(NamedTuple):
         )
         step = self.step(place, place, place)
         pl.when(~is_full)(lambda: steps.store_limits(step, length))
-        return _Part(number, place, is_full)
+        _, seen_stop = kernel.problem.variant.kv_range(first, last, length)
+        is_half = self.have_halves & (seen_stop <= position + plan.part_keys // 2)
+        return _Part(number, place, jnp.where(is_full, FULL, jnp.where(is_half, HALF, CUT)))
 
-    def step(self, here: Place, before: Place, after: Place, is_masked: bool = True) -> Step:
+    def step(self, here: Place, before: Place, after: Place, kind: int = CUT) -> Step:
         places = here, before, after
-        return step_of(self.kernel, self.visit.program, places, is_masked=is_masked)
+        return step_of(
+            self.kernel,
+            self.visit.program,
+            places,
+            is_masked=kind != FULL,
+            is_half=kind == HALF,
+        )
 
 
 def visit_parts(kernel: Kernel, visit: Visit) -> None:
     """A tile that some query sees a part of."""
     parts = _Parts(kernel, visit)
+    kinds = (FULL, CUT, HALF) if parts.have_halves else (FULL, CUT)
 
     def each(stream: _Stream) -> _Stream:
         here, limits = stream.here, stream.limits
         number = parts.next_from(here.number + 1)
         after = parts.at(jnp.minimum(number, parts.stop - 1), limits)
-        for masked in (False, True):
-            step = parts.step(here.place, stream.before, after.place, masked)
-            pl.when(here.is_full != masked)(partial(steps.advance, step, []))
+        for kind in kinds:
+            step = parts.step(here.place, stream.before, after.place, kind)
+            pl.when(here.kind == kind)(partial(steps.advance, step, []))
         return _Stream(after._replace(number=number), here.place, 1 - limits)
 
     first = parts.next_from(jnp.int32(0))
     is_some = first < parts.stop
     begin = parts.at(jnp.minimum(first, parts.stop - 1), jnp.int32(0))
-    for masked in (False, True):
-        step = parts.step(begin.place, begin.place, begin.place, masked)
-        pl.when(is_some & (begin.is_full != masked))(partial(steps.fill, step))
+    for kind in (FULL, CUT):
+        step = parts.step(begin.place, begin.place, begin.place, kind)
+        is_kind = (begin.kind == FULL) == (kind == FULL)
+        pl.when(is_some & is_kind)(partial(steps.fill, step))
     stream = _Stream(begin._replace(number=first), begin.place, jnp.int32(1))
     stream = lax.while_loop(lambda stream: stream.here.number < parts.stop, each, stream)
     end = parts.step(stream.before, stream.before, stream.before)

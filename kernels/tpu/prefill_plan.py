@@ -147,6 +147,15 @@ class PrefillPlan:
         return self.share_blocks * self.num_shares
 
     @property
+    def resets_values(self) -> bool:
+        """Whether a program's values are set to 0 behind it; else the next one's first decay is.
+
+        That saves stores, and costs a selection per step.  Rows that see no key keep them; of
+        those no result is kept, since a token sees itself.
+        """
+        return not self.sums_on_matrix_unit
+
+    @property
     def value_rows(self) -> int:
         """Rows of transposed values, those of ones included."""
         return self.head_dim + (ACC_ROWS if self.sums_on_matrix_unit else 0)

@@ -56,6 +56,7 @@ def step_of(
     *,
     is_whole: bool = False,
     is_masked: bool = False,
+    is_half: bool = False,
 ) -> Step:
     return Step(
         kernel.plan,
@@ -67,4 +68,5 @@ def step_of(
         *places,
         is_whole,
         is_masked,
+        is_half,
     )

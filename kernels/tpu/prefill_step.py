@@ -68,6 +68,7 @@ class Step:
     after: Place  # of the step after, likewise
     is_whole: bool  # takes in all parts of a tile
     is_masked: bool
+    is_half: bool  # no query sees the latter half of the part, so that it may be left out
 
     @property
     def num_parts(self) -> int:
@@ -76,6 +77,11 @@ class Step:
     @property
     def group_items(self) -> int:
         return self.plan.group_items if self.is_whole else self.plan.part_group_items
+
+    def keys_of(self, i: int) -> int:
+        """Keys of a part that item `i` takes in: half, if no other step has to do with it."""
+        is_half = self.is_half and 0 <= i < self.group_items - 1
+        return self.plan.part_keys // 2 if is_half else self.plan.part_keys
 
     @property
     def is_tied(self) -> bool:
@@ -138,7 +144,7 @@ def fill(step: Step) -> None:
         scores = _Scores(step, i)
         for part in range(step.num_parts):
             scores.multiply(part)
-            for piece in range(0, plan.part_keys, SUB):
+            for piece in range(0, scores.keys, SUB):
                 scores.store(part, piece)
         scores.finish()
 
@@ -167,9 +173,11 @@ def advance(step: Step, chores: Sequence[Callable[[], None]]) -> None:
         scores, weights = _Scores(step, i + plan.ahead), _Weights(step, i)
         for part in range(step.num_parts):
             scores.multiply(part)
-            for piece in range(0, plan.part_keys, SUB):
-                scores.store(part, piece)
-                weights.weigh(part, piece, scores)
+            for piece in range(0, max(scores.keys, weights.keys), SUB):
+                if piece < scores.keys:
+                    scores.store(part, piece)
+                if piece < weights.keys:
+                    weights.weigh(part, piece, scores)
             values.multiply(part)
             for action in actions[i * step.num_parts + part]:
                 action()
@@ -208,7 +216,7 @@ class _Scores:
     """The scores of an item, and their running maximum."""
 
     def __init__(self, step: Step, i: int) -> None:
-        self.step, self.item = step, item_of(step, i)
+        self.step, self.item, self.keys = step, item_of(step, i), step.keys_of(i)
         self.slot = i % (step.plan.ahead + 1)
         # where a step without masks ends, the next one may have some
         self.is_masked = step.is_masked or not (step.is_whole or i < step.group_items)
@@ -217,7 +225,8 @@ class _Scores:
 
     def multiply(self, part: int) -> None:
         step, (place, _, head, block, _) = self.step, self.item
-        keys = rows_of(step.buffers.keys[place.key_slot, place.part + part, head])
+        words = slice(0, self.keys // 2)
+        keys = rows_of(step.buffers.keys[place.key_slot, place.part + part, head, words])
         query = step.query[in_operands(step.plan, head, block)]
         self.dots = jnp.dot(keys, query, preferred_element_type=jnp.float32)
 
@@ -248,7 +257,7 @@ class _Weights:
     """The weights of an item, with the maximum of all keys so far."""
 
     def __init__(self, step: Step, i: int) -> None:
-        self.step, self.item = step, item_of(step, i).index
+        self.step, self.item, self.keys = step, item_of(step, i).index, step.keys_of(i)
         buffers, variant = step.buffers, step.variant
         slot = i % (step.plan.ahead + 1)
         self.scores, self.weights = buffers.scores[slot], buffers.weights[i % 2]
@@ -283,17 +292,19 @@ class _Values:
 
     def __init__(self, step: Step, i: int, decay: Any) -> None:
         self.step, self.decay = step, decay
-        self.item = item_of(step, i)
+        self.item, self.keys = item_of(step, i), step.keys_of(i)
         self.weights = step.buffers.weights[i % 2]
         self.acc = step.buffers.acc[self.item.index] * decay[:1]
+        if not step.plan.resets_values:  # NaN of the program before survives a product with 0
+            self.acc = jnp.where(decay[:1] == 0, 0.0, self.acc)
 
     def multiply(self, part: int) -> None:
         buffers, count = self.step.buffers, self.step.plan.part_keys
         place, _, head, *_ = self.item
-        first, pieces = (place.part + part) * (count // LANES), range(count // LANES)
+        first, pieces = (place.part + part) * (count // LANES), range(self.keys // LANES)
         values = [buffers.values[place.value_slot, first + n, head] for n in pieces]
         values = rows_of(jnp.concatenate(values, axis=1))
-        weights = self.weights[part * count : (part + 1) * count]
+        weights = self.weights[part * count : part * count + self.keys]
         self.acc += jnp.dot(values, weights, preferred_element_type=jnp.float32)
 
     def finish(self) -> None:
