@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import lazy, reference
+from .kernels.core.arrays import AttentionArrays
 from .kernels.core.problem import AppendProblem, CacheShape, Problem
 from .kernels.core.schedule import Schedule
 from .validate import is_concrete
@@ -95,12 +96,8 @@ def _attend(problem, choice, query, key_pool, value_pool, slopes, operands) -> A
         )
 
     def kernel_fn(module: ModuleType, *arrays):
-        query, key_pool, value_pool, slopes, operands = arrays
-        pools = as_heads(problem, key_pool, value_pool)
-        layer, is_layer = safe_layer(operands.layer, pools[0])
-        schedule = operands.schedule.only_if(is_layer)
-        call = partial(module.attend, problem, interpret=choice.interpret)
-        return call(query, *pools, operands.block_table, schedule, slopes, layer)
+        given, _ = kernel_arrays(problem, *arrays)
+        return module.attend(problem, given, interpret=choice.interpret)
 
     results = lambda query, *_: (query, query[..., 0].astype(jnp.float32))
     arrays = (query, key_pool, value_pool, slopes, operands)
@@ -263,6 +260,16 @@ def safe_layer(layer: Array, pool: Array) -> tuple[Array, Array]:
     return jnp.clip(layer, 0, num_layers - 1), (layer >= 0) & (layer < num_layers)
 
 
+def kernel_arrays(
+    problem: Problem, query, key_pool, value_pool, slopes, operands: Operands
+) -> tuple[AttentionArrays, Array]:
+    """What a kernel is given, and whether the layer is one; otherwise no sequence has tokens."""
+    keys, values = as_heads(problem, key_pool, value_pool)
+    layer, is_layer = safe_layer(operands.layer, keys)
+    schedule, table = operands.schedule.only_if(is_layer), operands.block_table
+    return AttentionArrays(query, keys, values, table, schedule, slopes, layer), is_layer
+
+
 def _reference_statics(problem: Problem) -> tuple[reference.Scoring, bool]:
     variant = problem.variant
     scoring = reference.Scoring(variant.scale, variant.left, variant.right, variant.logits_soft_cap)
@@ -286,5 +293,5 @@ def as_heads(problem: Problem | AppendProblem, *pools: Array) -> list[Array]:
     return [pool.reshape(problem.cache.pool_shape) for pool in pools]
 
 
-def like(pool: Array, pools: tuple[Array, Array]) -> tuple[Array, Array]:
+def like(pool: Array, pools: tuple[Array, ...]) -> tuple[Array, Array]:
     return pools[0].reshape(pool.shape), pools[1].reshape(pool.shape)

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from . import dispatch, lazy
 from .dispatch import BACKENDS, Choice, Operands, Targets
+from .kernels.core.arrays import NewTokens
 from .kernels.core.problem import AppendProblem, Problem
 
 FUSING = ("mosaic_tpu", "mosaic_gpu")  # backends that have such a kernel
@@ -59,22 +60,12 @@ def _in_turn(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _at_once(problems, choice, *arrays) -> Any:
     def kernel_fn(module, query, keys, values, key_pool, value_pool, slopes, operands, targets):
-        pools = dispatch.as_heads(problems[1], key_pool, value_pool)
-        layer, is_layer = dispatch.safe_layer(operands.layer, pools[0])
-        out, lse, key_rows, value_rows = module.append_and_attend(
-            problems[1],
-            query,
-            keys,
-            values,
-            *pools,
-            operands.block_table,
-            operands.schedule.only_if(is_layer),
-            jnp.where(is_layer, targets.seq_lengths, 0),
-            slopes,
-            layer,
-            interpret=choice.interpret,
-        )
-        return out, lse, *dispatch.like(key_pool, (key_rows, value_rows))
+        given = (query, key_pool, value_pool, slopes, operands)
+        given, is_layer = dispatch.kernel_arrays(problems[1], *given)
+        new = NewTokens(keys, values, jnp.where(is_layer, targets.seq_lengths, 0))
+        call = partial(module.append_and_attend, problems[1], interpret=choice.interpret)
+        out, lse, *pools = call(given, new)
+        return out, lse, *dispatch.like(key_pool, tuple(pools))
 
     modules = _fusing(problems[1], choice)
     if choice.implementation is not None:

@@ -60,6 +60,14 @@ def tiny(tiny_path):
 
 
 @pytest.fixture
+def mutate(monkeypatch):
+    """Breaks a kernel, to show that its tests can fail."""
+    jax.clear_caches()
+    yield monkeypatch.setattr
+    jax.clear_caches()
+
+
+@pytest.fixture
 def programs(monkeypatch):
     """Steps that stand in for compiled ones, as `stand_in_programs` has them."""
     from batches import stand_in_programs

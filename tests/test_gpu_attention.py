@@ -131,14 +131,6 @@ def test_scan_over_a_stack_matches_the_reference():
         np.testing.assert_allclose(a, b, **tolerance("model bfloat16"))
 
 
-@pytest.fixture
-def mutate(monkeypatch):
-    """Breaks the kernel, to show that the tests above can fail."""
-    jax.clear_caches()
-    yield monkeypatch.setattr
-    jax.clear_caches()
-
-
 def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
     mutate(f"{TILE}.clear_tail", lambda *args: None)
     out, _ = attend(one_problem([43, 18]))
@@ -152,17 +144,7 @@ def test_padding_that_is_not_zeroed_shows(mutate):
 
 
 def test_a_slot_released_too_early_shows(mutate):
-    """Plain reads stand for wgmma in the interpreter, which does not track the latter."""
-    from paged_kv.kernels.gpu.blocks import Ring
-
-    await_full, release = Ring.await_full, Ring.release
-
-    def await_and_release(self, step):
-        await_full(self, step)
-        release(self, step)
-
-    mutate(Ring, "await_full", await_and_release)
-    mutate(Ring, "release", lambda self, step: None)
+    gpu_interpreter.release_early(mutate)
     with pytest.raises(Exception, match=r"(?i)race"):
         attend(one_problem([1500], block_size=32, num_kv_heads=2))
 

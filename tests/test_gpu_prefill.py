@@ -71,14 +71,6 @@ def test_variants(variant):
     assert_matches_oracle(problem, actual)
 
 
-@pytest.fixture
-def mutate(monkeypatch):
-    """Breaks the kernel, to show that the tests above can fail."""
-    jax.clear_caches()
-    yield monkeypatch.setattr
-    jax.clear_caches()
-
-
 STEP = "paged_kv.kernels.gpu.prefill_step"
 
 
@@ -89,17 +81,7 @@ def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
 
 
 def test_a_slot_released_too_early_shows(mutate):
-    """Plain reads stand for wgmma in the interpreter, which does not track the latter."""
-    from paged_kv.kernels.gpu.blocks import Ring
-
-    await_full, release = Ring.await_full, Ring.release
-
-    def await_and_release(self, step):
-        await_full(self, step)
-        release(self, step)
-
-    mutate(Ring, "await_full", await_and_release)
-    mutate(Ring, "release", lambda self, step: None)
+    gpu_interpreter.release_early(mutate)
     with pytest.raises(Exception, match=r"(?i)race"):
         attend(one_problem([400], [64], block_size=64))
 

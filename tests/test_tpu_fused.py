@@ -169,7 +169,7 @@ def test_a_schedule_of_other_lengths_moves_no_write():
 @pytest.mark.slow
 def test_a_missing_wait_shows(monkeypatch):
     """The interpreter can fail: a token that nobody waits for does not arrive."""
-    monkeypatch.setattr(decode_append.NewTokens, "wait", lambda *_: None)
+    monkeypatch.setattr(decode_append.TokenWriter, "wait", lambda *_: None)
     step = step_of(Case((33, 64)))
     named = {"implementation": "mosaic_tpu", "interpret": INTERPRETERS["on_wait"]}
     with plan_limits(ONE_STEP):

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..core.arrays import AttentionArrays, NewTokens
 from ..core.problem import Problem
-from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from ..core.schedule import gather_tiles, tile_queries, untile
 from . import append, blocks, decode, decode_append, mixed, prefill, ragged
 from . import decode_plan as decode_plans
 from . import prefill_plan as prefill_plans
@@ -22,43 +23,32 @@ __all__ = ["append_and_attend", "attend", "can_append", "unsupported"]
 
 def attend(
     problem: Problem,
-    query: jax.Array,
-    key_pool: jax.Array,
-    value_pool: jax.Array,
-    block_table: jax.Array,
-    schedule: Schedule,
-    alibi_slopes: jax.Array | None,
-    layer: jax.Array,
+    arrays: AttentionArrays,
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of a problem that `unsupported` lets pass.
 
-    query: (num_tokens, num_query_heads, head_dim).
-    key_pool, value_pool: (num_layers, num_blocks, block_size, num_kv_heads, head_dim).
-    layer: int32 (), inside the stack.
     interpret: None or False to compile; True or `plgpu.InterpretGPUParams` to run on a CPU.
     """
     interpret = blocks.interpreter(interpret)
     is_simulated = interpret is not None
-    pools = (key_pool, value_pool, block_table)
     # Prefill has code for single warps, to which JAX gives no array that varies in a shard_map.
-    is_varying = bool(jax.typeof(query).manual_axis_type.varying)
+    is_varying = bool(jax.typeof(arrays.query).manual_axis_type.varying)
 
-    def run(problem: Problem, query: jax.Array, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
-        arrays = (query, *pools, schedule, alibi_slopes, layer)
+    def run(problem: Problem, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
         if (plan := decode_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
-            out, lse = decode.attend(problem, plan, *arrays, interpret=interpret)
+            out, lse = decode.attend(problem, plan, arrays, interpret=interpret)
             return out, lse
         plan = prefill_plans.plan_of(problem, is_simulated=is_simulated)
         if plan is not None and not is_varying:
-            return prefill.attend(problem, plan, *arrays, interpret=interpret)
-        return _attend_ragged(problem, *arrays, interpret=interpret)
+            return prefill.attend(problem, plan, arrays, interpret=interpret)
+        return _attend_ragged(problem, arrays, interpret=interpret)
 
     singles = singles_of(problem)
     if singles is None or is_varying:
-        return run(problem, query, schedule)
-    return mixed.attend(problem, singles, run, query, schedule)
+        return run(problem, arrays)
+    return mixed.attend(problem, singles, run, arrays)
 
 
 def singles_of(problem: Problem) -> Problem | None:
@@ -71,37 +61,33 @@ def singles_of(problem: Problem) -> Problem | None:
 
 
 def _attend_ragged(
-    problem: Problem,
-    query: jax.Array,
-    key_pool: jax.Array,
-    value_pool: jax.Array,
-    block_table: jax.Array,
-    schedule: Schedule,
-    alibi_slopes: jax.Array | None,
-    layer: jax.Array,
-    *,
-    interpret: Any,
+    problem: Problem, arrays: AttentionArrays, *, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel that takes every problem."""
     cache, plan = problem.cache, make_plan(problem, is_simulated=interpret is not None)
     tiles = tile_queries(
-        schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens
+        arrays.schedule,
+        problem.variant,
+        num_tokens=problem.num_tokens,
+        tile_tokens=plan.tile_tokens,
     )
-    tiled = gather_tiles(query, tiles, plan.tile_tokens, problem.is_packed)
+    tiled = gather_tiles(arrays.query, tiles, plan.tile_tokens, problem.is_packed)
     rows = (cache.num_layers * cache.num_blocks, cache.rows_per_block, cache.head_dim)
     inputs = ragged.Inputs(
         query=_as_items(plan, tiled.astype(cache.dtype)),
-        keys=key_pool.reshape(rows),
-        values=value_pool.reshape(rows),
-        table=block_table,
+        keys=arrays.key_pool.reshape(rows),
+        values=arrays.value_pool.reshape(rows),
+        table=arrays.block_table,
         work=jnp.stack(work_list(tiles, problem.variant, plan.keys), axis=1),
-        slopes=_slope_of_rows(problem, plan, alibi_slopes),
-        numbers=jnp.stack([layer * cache.num_blocks, jnp.int32(plan.keys.blocks_per_tile)]),
+        slopes=_slope_of_rows(problem, plan, arrays.alibi_slopes),
+        numbers=jnp.stack([arrays.layer * cache.num_blocks, jnp.int32(plan.keys.blocks_per_tile)]),
     )
     out, lse = _call(problem, plan, interpret)(*inputs)
     shape = (plan.num_tiles, plan.tile_tokens, problem.num_query_heads)
     out = _from_items(plan, out, (*shape, cache.head_dim))
-    return untile(schedule, out, _from_items(plan, lse, shape), num_tokens=problem.num_tokens)
+    return untile(
+        arrays.schedule, out, _from_items(plan, lse, shape), num_tokens=problem.num_tokens
+    )
 
 
 def can_append(problem: Problem) -> bool:
@@ -112,30 +98,16 @@ def can_append(problem: Problem) -> bool:
 
 def append_and_attend(
     problem: Problem,
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    key_pool: jax.Array,
-    value_pool: jax.Array,
-    block_table: jax.Array,
-    schedule: Schedule,
-    seq_lengths: jax.Array,
-    alibi_slopes: jax.Array | None,
-    layer: jax.Array,
+    arrays: AttentionArrays,
+    new: NewTokens,
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """(out, lse, key_pool, value_pool) of a problem that `can_append` lets pass.
-
-    keys, values: (batch, num_kv_heads, head_dim), one new token per sequence, in the pools' dtype.
-    seq_lengths: int32 (batch,), new tokens included; others as in `attend`.
-    """
+    """(out, lse, key_pool, value_pool) of a problem that `can_append` lets pass."""
     interpret = blocks.interpreter(interpret)
     plan = decode_plans.plan_of(problem, is_simulated=interpret is not None, appends=True)
     assert plan is not None, "can_append() comes first"
-    new = decode_append.NewTokens(keys, values, seq_lengths)
-    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer, new)
-    return decode.attend(problem, plan, *arrays, interpret=interpret)
+    return decode.attend(problem, plan, arrays, new, interpret=interpret)
 
 
 def _as_items(plan: Plan, tiled: jax.Array) -> jax.Array:

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import softmax
+from ..core.arrays import AttentionArrays, NewTokens
 from ..core.problem import Problem
-from ..core.schedule import Schedule
 from . import blocks, combine, decode_append, tile, worklist
 from .blocks import Ring, divide, pl, plgpu
-from .decode_append import NewTokens
 from .decode_plan import DecodePlan, partial_width, scratch
 from .plan import WARPGROUP_ROWS
 from .tile import Rows, Sharing, Tiles
@@ -129,13 +128,7 @@ class Cta(NamedTuple):
 def attend(
     problem: Problem,
     plan: DecodePlan,
-    query: jax.Array,
-    key_pool: jax.Array,
-    value_pool: jax.Array,
-    block_table: jax.Array,
-    schedule: Schedule,
-    alibi_slopes: jax.Array | None,
-    layer: jax.Array,
+    arrays: AttentionArrays,
     new: NewTokens | None = None,
     *,
     interpret: Any,
@@ -145,24 +138,24 @@ def attend(
     interpret: None, or the interpreter's parameters.
     """
     cache, heads = problem.cache, problem.num_query_heads
-    work = worklist.for_line(plan.line, problem.variant, schedule)
+    work = worklist.for_line(plan.line, problem.variant, arrays.schedule)
     pool_rows = (cache.num_layers * cache.num_blocks, cache.rows_per_block, cache.head_dim)
     padding = plan.rows - heads
-    query = jnp.pad(query.astype(cache.dtype), ((0, 0), (0, padding), (0, 0)))
+    query = jnp.pad(arrays.query.astype(cache.dtype), ((0, 0), (0, padding), (0, 0)))
     inputs = Inputs(
         query=query.reshape(-1, plan.row_groups, plan.query_rows, cache.head_dim),
-        keys=key_pool.reshape(pool_rows),
-        values=value_pool.reshape(pool_rows),
-        table=block_table,
+        keys=arrays.key_pool.reshape(pool_rows),
+        values=arrays.value_pool.reshape(pool_rows),
+        table=arrays.block_table,
         work=work.rows,
-        layer=layer.reshape(1),
-        slopes=_slope_of_rows(plan, heads, alibi_slopes),
+        layer=arrays.layer.reshape(1),
+        slopes=_slope_of_rows(plan, heads, arrays.alibi_slopes),
         new=new,
     )
     out, lse, *pools = blocks.run_locally(partial(_attend, problem, plan, interpret), inputs)
     out = out.reshape(-1, plan.rows, cache.head_dim)[:, :heads]
     lse = lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
-    return out, lse, *(pool.reshape(key_pool.shape) for pool in pools)
+    return out, lse, *(pool.reshape(arrays.key_pool.shape) for pool in pools)
 
 
 def _attend(

@@ -8,7 +8,7 @@ the block that a row appends to.
 A row without tiles may have a slot nevertheless: where another entry of it is outside the pool.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax import lax
 
@@ -16,14 +16,6 @@ from ..core.problem import AppendProblem, Problem
 from . import append, worklist
 from .blocks import divide, pl, plgpu, remainder
 from .worklist import Pieces
-
-
-class NewTokens(NamedTuple):
-    """One per sequence, arrays or refs in device memory."""
-
-    keys: Any  # (batch, num_kv_heads, head_dim)
-    values: Any
-    seq_lengths: Any  # int32 (batch,), where a row's last token is the new one
 
 
 def problem_of(problem: Problem) -> AppendProblem:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core import softmax
+from ..core.arrays import AttentionArrays
 from ..core.problem import Problem
-from ..core.schedule import Schedule
 from . import blocks, prefill_list, prefill_step
 from .blocks import divide, pl, plgpu
 from .plan import WARPGROUP_ROWS
@@ -41,31 +41,26 @@ from .prefill_plan import (
 def attend(
     problem: Problem,
     plan: PrefillPlan,
-    query: jax.Array,
-    key_pool: jax.Array,
-    value_pool: jax.Array,
-    block_table: jax.Array,
-    schedule: Schedule,
-    alibi_slopes: jax.Array | None,
-    layer: jax.Array,
+    arrays: AttentionArrays,
     *,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
     cache = problem.cache
-    work = prefill_list.for_cut(plan.cut, problem.variant, schedule)
+    work = prefill_list.for_cut(plan.cut, problem.variant, arrays.schedule)
     pool = (cache.num_layers * cache.num_blocks, *cache.pool_shape[2:])
-    if alibi_slopes is None:
-        alibi_slopes = jnp.zeros((problem.num_query_heads,), jnp.float32)
+    query, slopes = arrays.query, arrays.alibi_slopes
+    if slopes is None:
+        slopes = jnp.zeros((problem.num_query_heads,), jnp.float32)
     inputs = Inputs(
         query=jnp.pad(query.astype(cache.dtype), ((0, -len(query) % ROW_GROUP), (0, 0), (0, 0))),
-        keys=key_pool.reshape(pool),
-        values=value_pool.reshape(pool),
-        table=block_table,
+        keys=arrays.key_pool.reshape(pool),
+        values=arrays.value_pool.reshape(pool),
+        table=arrays.block_table,
         items=work.items,
         num_items=work.num_items,
-        layer=layer.reshape(1),
-        slopes=alibi_slopes.astype(jnp.float32),
+        layer=arrays.layer.reshape(1),
+        slopes=slopes.astype(jnp.float32),
     )
     outputs = Outputs(*_call(problem, plan, interpret)(*inputs))
     return outputs.out[: problem.num_tokens], outputs.lse[:, : problem.num_tokens].T

@@ -19,9 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..core import softmax
+from ..core.arrays import AttentionArrays, NewTokens
 from ..core.layout import result
+from ..core.mixed import single_tokens
 from ..core.problem import Problem
-from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from ..core.schedule import gather_tiles, tile_queries, untile
 from ..core.variant import LOG2E
 from . import decode, mixed, packed, prefill
 from . import plan as plans
@@ -74,78 +76,51 @@ def can_append(problem: Problem) -> bool:
     return decode.plan_of(packed.by_rows(problem), appends=True) is not None
 
 
-def append_and_attend(problem: Problem, *arrays: Any, interpret: Any = None) -> Any:
-    """(out, lse, key_pool, value_pool); arrays as those of `decode.append_and_attend`."""
+def append_and_attend(
+    problem: Problem, arrays: AttentionArrays, new: NewTokens, *, interpret: Any = None
+) -> tuple[Array, Array, Array, Array]:
+    """(out, lse, key_pool, value_pool), pools with a leading layer axis."""
+    call = partial(decode.append_and_attend, interpret=interpret)
     if packed.are_apart(problem.cache):
-        call = partial(decode.append_and_attend, interpret=interpret)
-        return packed.append_and_attend(call, problem, *arrays)
-    return decode.append_and_attend(problem, *arrays, interpret=interpret)
+        return packed.append_and_attend(call, problem, arrays, new)
+    return call(problem, arrays, new)
 
 
 def attend(
-    problem: Problem,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any = None,
+    problem: Problem, arrays: AttentionArrays, *, interpret: Any = None
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries over pools with a leading layer axis."""
-    arrays = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
     if packed.are_apart(problem.cache):
-        return packed.attend(_attend_rows, problem, *arrays, interpret=interpret)
-    return _attend_rows(problem, *arrays, interpret=interpret)
+        return packed.attend(_attend_rows, problem, arrays, interpret=interpret)
+    return _attend_rows(problem, arrays, interpret=interpret)
 
 
 def _attend_rows(
-    problem: Problem,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any,
+    problem: Problem, arrays: AttentionArrays, *, interpret: Any
 ) -> tuple[Array, Array]:
     """The kernels for the problem; a row of the query is as wide as the rows its head lies in."""
-    pools = (key_pool, value_pool, block_table)
 
-    def run(problem: Problem, query: Array, schedule: Schedule) -> tuple[Array, Array]:
-        arrays = (query, *pools, schedule, alibi_slopes, layer)
+    def run(problem: Problem, arrays: AttentionArrays) -> tuple[Array, Array]:
         decode_plan, prefill_plan = decode.plan_of(problem), prefill.plan_of(problem)
         if decode_plan is not None:
-            return decode.attend(problem, decode_plan, *arrays, interpret=interpret)
+            return decode.attend(problem, decode_plan, arrays, interpret=interpret)
         if prefill_plan is not None:
-            return prefill.attend(problem, prefill_plan, *arrays, interpret=interpret)
-        return _attend_tiles(problem, *arrays, interpret=interpret)
+            return prefill.attend(problem, prefill_plan, arrays, interpret=interpret)
+        return _attend_tiles(problem, arrays, interpret=interpret)
 
-    singles = mixed.single_tokens(problem)
+    singles = single_tokens(problem)
     if singles is None or decode.plan_of(singles) is None:
-        return run(problem, query, schedule)
-    return mixed.attend(problem, partial(run, singles), partial(run, problem), query, schedule)
+        return run(problem, arrays)
+    return mixed.attend(problem, partial(run, singles), partial(run, problem), arrays)
 
 
 def _attend_tiles(
-    problem: Problem,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any,
+    problem: Problem, arrays: AttentionArrays, *, interpret: Any
 ) -> tuple[Array, Array]:
     """The kernel of this module, which runs every problem."""
     plan = plans.plan_attention(problem)
     assert plan is not None, "unsupported() comes first"
+    query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer = arrays
     num_heads, width = query.shape[1:]
     tokens, rows = plan.tile_tokens, plan.tile_tokens * num_heads
     pad = (0, plan.query_rows - rows)
@@ -156,10 +131,10 @@ def _attend_tiles(
     q = gather_tiles(q, tiles, tokens, problem.is_packed)
     q = jnp.pad(q.reshape(-1, rows, width), ((0, 0), pad, (0, 0)))
     scalars = (tiles.sequence, tiles.first_position, tiles.kv_start, tiles.kv_stop)
-    arrays = [q]
+    inputs = [q]
     if alibi_slopes is not None:
         slopes = jnp.tile(alibi_slopes.astype(jnp.float32), tokens)
-        arrays.append(jnp.pad(slopes, pad)[:, None])
+        inputs.append(jnp.pad(slopes, pad)[:, None])
     table = table_windows(block_table, problem.cache.num_blocks)
     layer = layer.reshape(1)
     if problem.cache.dtype == "float16":
@@ -167,7 +142,7 @@ def _attend_tiles(
         layer = jnp.zeros_like(layer)
     pools = (as_rows(pool, plan.rows) for pool in (key_pool, value_pool))
     call = _make_call(problem, plan, query, interpret)
-    out, lse = call(*scalars, layer, *arrays, table, *pools)
+    out, lse = call(*scalars, layer, *inputs, table, *pools)
     out = out[:, :rows].reshape(-1, tokens, num_heads, width).astype(query.dtype)
     lse = lse[:, 0, :rows].reshape(-1, tokens, num_heads)
     return untile(schedule, out, lse, num_tokens=problem.num_tokens)

@@ -18,13 +18,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..core.arrays import AttentionArrays, NewTokens
 from ..core.layout import result
 from ..core.problem import Problem
-from ..core.schedule import Schedule
 from . import decode_plan as plans
 from . import one_step, pipeline, worklist
 from .blocks import COMPILER_PARAMS, allocate, interpreter
-from .decode_append import KEYS, VALUES, NewTokens, Slots, in_units
+from .decode_append import KEYS, VALUES, Slots, TokenWriter, in_units
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
 from .decode_plan import SETS, DecodePlan
 from .device import vmem_bytes
@@ -39,79 +39,51 @@ def plan_of(problem: Problem, *, appends: bool = False) -> DecodePlan | None:
 
 
 def attend(
-    problem: Problem,
-    plan: DecodePlan,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any = None,
+    problem: Problem, plan: DecodePlan, arrays: AttentionArrays, *, interpret: Any = None
 ) -> tuple[Array, Array]:
     """(out, lse) of one query token per sequence, over pools with a leading layer axis."""
-    operands = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-    out, lse = _attend(problem, plan, *operands, None, interpret)
+    out, lse = _attend(problem, plan, arrays, None, interpret)
     return out, lse
 
 
 def append_and_attend(
-    problem: Problem,
-    query: Array,
-    keys: Array,
-    values: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    seq_lengths: Array,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any = None,
+    problem: Problem, arrays: AttentionArrays, new: NewTokens, *, interpret: Any = None
 ) -> tuple[Array, Array, Array, Array]:
     """(out, lse, key_pool, value_pool): each sequence's last token is written, then attends."""
     plan = plan_of(problem, appends=True)
     assert plan is not None, "can_append() comes first"
-    new = (
-        Slots.of(problem, plan, block_table, schedule, seq_lengths, layer),
-        in_units(plan, keys, values),
+    written = (
+        Slots.of(problem, plan, arrays, new.seq_lengths),
+        in_units(plan, new.keys, new.values),
     )
-    operands = (query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer)
-    out, lse, *pools = _attend(problem, plan, *operands, new, interpret)
-    return out, lse, pools[0].reshape(key_pool.shape), pools[1].reshape(value_pool.shape)
+    out, lse, *pools = _attend(problem, plan, arrays, written, interpret)
+    key_pool, value_pool = (pool.reshape(arrays.key_pool.shape) for pool in pools)
+    return out, lse, key_pool, value_pool
 
 
 def _attend(
     problem: Problem,
     plan: DecodePlan,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
+    arrays: AttentionArrays,
     new: tuple[Slots, Array] | None,
     interpret: Any,
 ) -> list[Array]:
     """out and lse, and views of the pools if there are new tokens."""
+    query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer = arrays
     num_heads = problem.num_query_heads
     table, start, stop = _seen_part(problem, block_table, schedule.seq_lengths)
     scalars = [*worklist.of_batch(plan, start, stop), *(new[0] if new else ())]
     pad = plan.num_heads - num_heads
-    arrays = [jnp.pad(query.astype(jnp.bfloat16), ((0, 0), (0, pad), (0, 0)))]
+    inputs = [jnp.pad(query.astype(jnp.bfloat16), ((0, 0), (0, pad), (0, 0)))]
     if alibi_slopes is not None:
         slopes = jnp.pad(alibi_slopes.astype(jnp.float32), (0, pad))
-        arrays.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
+        inputs.append(jnp.broadcast_to(slopes[:, None], (plan.num_heads, LANES)))
     if new:
-        arrays.append(new[1])
+        inputs.append(new[1])
     pools = [x.reshape(-1, plans.UNIT_ROWS, plan.head_dim) for x in (key_pool, value_pool)]
     table = sliced_table(plan, table, layer * problem.cache.num_blocks)
     call = _make_call(problem, plan, query, pools, interpret)
-    out, lse, *pools = call(*scalars, *arrays, table, *pools)
+    out, lse, *pools = call(*scalars, *inputs, table, *pools)
     return [out[:, :num_heads].astype(query.dtype), lse[:, :num_heads], *pools]
 
 
@@ -222,7 +194,7 @@ def _step(problem: Problem, plan: DecodePlan, refs: list[Any]) -> Step:
         )
     ]
     work = Work(plan, rows, pl.program_id(0), problem.variant.left is not None)
-    new = NewTokens(plan, work, slots, tokens, pools, units, is_written)
+    new = TokenWriter(plan, work, slots, tokens, pools, units, is_written)
     return Step(
         plan=plan,
         variant=pipeline.of_last_token(problem.variant),

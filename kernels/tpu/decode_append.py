@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..core.arrays import AttentionArrays
 from ..core.layout import locate_slots
 from ..core.problem import Problem
-from ..core.schedule import Schedule
 from .blocks import row_bits, words
 from .decode_plan import UNIT_ROWS, DecodePlan
 from .worklist import Item, Work
@@ -41,22 +41,16 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        problem: Problem,
-        plan: DecodePlan,
-        block_table: Array,
-        schedule: Schedule,
-        seq_lengths: Array,
-        layer: Array,
+        cls, problem: Problem, plan: DecodePlan, arrays: AttentionArrays, seq_lengths: Array
     ) -> "Slots":
         cache = problem.cache
         rows = jnp.arange(cache.batch, dtype=jnp.int32)
         size, num_blocks = cache.block_size, cache.num_blocks
         found = locate_slots(
-            block_table, rows, seq_lengths - 1, block_size=size, num_blocks=num_blocks
+            arrays.block_table, rows, seq_lengths - 1, block_size=size, num_blocks=num_blocks
         )
-        slot = (layer * num_blocks + found.block) * size + found.offset
-        is_apart = found.is_valid & (schedule.seq_lengths != seq_lengths)
+        slot = (arrays.layer * num_blocks + found.block) * size + found.offset
+        is_apart = found.is_valid & (arrays.schedule.seq_lengths != seq_lengths)
         slot = jnp.where(found.is_valid, jnp.where(is_apart, apart(slot), slot), NONE)
         pad = (0, plan.rows_per_program * plan.num_programs - cache.batch)
         is_apart = jnp.pad(is_apart, pad).reshape(plan.num_programs, plan.rows_per_program)
@@ -76,7 +70,7 @@ def in_units(plan: DecodePlan, keys: Array, values: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class NewTokens:
+class TokenWriter:
     """The new tokens of a program; there are none unless `plan.appends`."""
 
     plan: DecodePlan

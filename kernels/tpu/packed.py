@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..core.arrays import AttentionArrays, NewTokens
 from ..core.layout import LANES
 from ..core.merge import merge_states
 from ..core.problem import AppendProblem, CacheShape, Problem
@@ -45,33 +46,26 @@ def by_rows(problem: Problem) -> Problem:
 def attend(
     attend_rows: Callable[..., tuple[Array, Array]],
     problem: Problem,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Any,
-    alibi_slopes: Array | None,
-    layer: Array,
+    arrays: AttentionArrays,
     **options: Any,
 ) -> tuple[Array, Array]:
     """(out, lse) of the problem by `attend_rows`, which takes it `by_rows`."""
-    cache, rows, dtype = problem.cache, by_rows(problem), query.dtype
+    cache, rows, query = problem.cache, by_rows(problem), arrays.query
     tokens = BlockRows.of(cache).group_tokens
     if tokens > 1:
         query = jnp.repeat(query.astype(jnp.float32), tokens, axis=1)
-        alibi_slopes = None if alibi_slopes is None else jnp.repeat(alibi_slopes, tokens)
-    pools = (pool.reshape(rows.cache.pool_shape) for pool in (key_pool, value_pool))
+        if arrays.alibi_slopes is not None:
+            arrays = arrays._replace(alibi_slopes=jnp.repeat(arrays.alibi_slopes, tokens))
     first = _first_values(problem, tokens)
     query = _spread(query, first, rows_per_head(cache) * LANES)
-    arrays = (query, *pools, block_table, schedule, alibi_slopes, layer)
-    out, lse = attend_rows(rows, *arrays, **options)
+    out, lse = attend_rows(rows, _with_rows(arrays, rows, query), **options)
     out = _own(out, first, cache.head_dim)
     if tokens > 1:
         out = out.reshape(problem.num_tokens, problem.num_query_heads, tokens, -1)
         lse = lse.reshape(problem.num_tokens, problem.num_query_heads, tokens)
         merge = lambda a, b: merge_states(*a, *b)
         out, lse = reduce(merge, [(out[:, :, i], lse[:, :, i]) for i in range(tokens)])
-    return out.astype(dtype), lse
+    return out.astype(arrays.query.dtype), lse
 
 
 def append_by_rows(problem: AppendProblem) -> AppendProblem:
@@ -103,22 +97,24 @@ def append(
 def append_and_attend(
     append_and_attend_rows: Callable[..., tuple[Array, Array, Array, Array]],
     problem: Problem,
-    query: Array,
-    keys: Array,
-    values: Array,
-    key_pool: Array,
-    value_pool: Array,
-    *others: Any,
+    arrays: AttentionArrays,
+    new: NewTokens,
 ) -> tuple[Array, Array, Array, Array]:
     """(out, lse, key_pool, value_pool), where rows are whole kv heads of one token."""
     cache, rows = problem.cache, by_rows(problem)
     first = _first_values(problem, 1)
-    new = (x.reshape(problem.num_tokens, -1, LANES) for x in (keys, values))
-    pools = (pool.reshape(rows.cache.pool_shape) for pool in (key_pool, value_pool))
-    arrays = (_spread(query, first, LANES), *new, *pools, *others)
-    out, lse, key_pool, value_pool = append_and_attend_rows(rows, *arrays)
+    keys, values = (x.reshape(problem.num_tokens, -1, LANES) for x in new[:2])
+    arrays = _with_rows(arrays, rows, _spread(arrays.query, first, LANES))
+    new = new._replace(keys=keys, values=values)
+    out, lse, key_pool, value_pool = append_and_attend_rows(rows, arrays, new)
     pools = key_pool.reshape(cache.pool_shape), value_pool.reshape(cache.pool_shape)
     return _own(out, first, cache.head_dim), lse, *pools
+
+
+def _with_rows(arrays: AttentionArrays, rows: Problem, query: Array) -> AttentionArrays:
+    """The arrays as the problem `by_rows` has them."""
+    keys, values = (pool.reshape(rows.cache.pool_shape) for pool in arrays[1:3])
+    return arrays._replace(query=query, key_pool=keys, value_pool=values)
 
 
 def row_and_token(problem: Problem, rows: BlockRows, query_head: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from ..core import softmax
 from ..core.variant import LOG2E, Variant
-from .decode_append import NewTokens
+from .decode_append import TokenWriter
 from .decode_copies import Copies, Paced, rows_of, tied
 from .decode_plan import SETS, STATS, UNIT_ROWS, DecodePlan
 from .plan import LANES
@@ -74,7 +74,7 @@ class Step:
     plan: DecodePlan
     variant: Variant
     copies: Copies
-    new: NewTokens
+    new: TokenWriter
     query: Any  # (rows_per_program, num_heads, head_dim)
     slopes: Any  # (num_heads, LANES) or None
     out: Any

@@ -17,9 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..core.arrays import AttentionArrays
 from ..core.layout import result
 from ..core.problem import Problem
-from ..core.schedule import Schedule, gather_tiles, tile_queries, untile
+from ..core.schedule import gather_tiles, tile_queries, untile
 from . import device, prefill_kernel
 from . import prefill_plan as plans
 from .blocks import COMPILER_PARAMS, allocate, as_rows, table_windows
@@ -35,33 +36,24 @@ def plan_of(problem: Problem) -> PrefillPlan | None:
 
 
 def attend(
-    problem: Problem,
-    plan: PrefillPlan,
-    query: Array,
-    key_pool: Array,
-    value_pool: Array,
-    block_table: Array,
-    schedule: Schedule,
-    alibi_slopes: Array | None,
-    layer: Array,
-    *,
-    interpret: Any = None,
+    problem: Problem, plan: PrefillPlan, arrays: AttentionArrays, *, interpret: Any = None
 ) -> tuple[Array, Array]:
     """(out, lse) of packed queries over pools with a leading layer axis."""
+    query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer = arrays
     tiles = tile_queries(
         schedule, problem.variant, num_tokens=problem.num_tokens, tile_tokens=plan.tile_tokens
     )
     programs = programs_of(plan, problem.variant, tiles, layer)
     q = gather_tiles(query.astype(problem.cache.dtype), tiles, plan.tile_tokens, True)
-    arrays = [_to_items(plan, q)]
+    inputs = [_to_items(plan, q)]
     if alibi_slopes is not None:
         slopes = alibi_slopes.astype(jnp.float32).reshape(plan.num_kv_heads, 1, plan.group)
-        arrays.append(_to_lanes(plan, jnp.tile(slopes, (1, plan.item_tokens, 1))))
+        inputs.append(_to_lanes(plan, jnp.tile(slopes, (1, plan.item_tokens, 1))))
     rows = BlockRows.of(problem.cache)
     pools = [as_rows(pool, rows) for pool in (key_pool, value_pool)]
     table = table_windows(block_table, problem.cache.num_blocks)
     call = _make_call(problem, plan, query, interpret)
-    out, lse = call(*programs, *arrays, table, *pools)
+    out, lse = call(*programs, *inputs, table, *pools)
     out, lse = _from_items(plan, out), _from_items(plan, lse[:, :, None])[..., 0]
     return untile(schedule, out.astype(query.dtype), lse, num_tokens=problem.num_tokens)
 

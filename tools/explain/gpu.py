@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workload import APPEND, FUSED, Case
+from paged_kv.kernels.core.mixed import split_schedule
 from paged_kv.kernels.core.problem import AppendProblem, Problem
 from paged_kv.kernels.core.schedule import Schedule, tile_queries
 from paged_kv.kernels.gpu import (
     append,
     attention,
     decode_plan,
-    mixed,
     plan,
     prefill_list,
     prefill_plan,
@@ -41,7 +41,7 @@ def explain(case: Case) -> list[Explained]:
     kernels = [_append(case, new)] if case.op == FUSED else []
     singles = attention.singles_of(problem)
     if singles is not None and (cut := decode_plan.plan_of(singles)) is not None:
-        apart, schedule = mixed.split(schedule)
+        apart, schedule = split_schedule(schedule)
         kernels.append(_decode(singles, cut, apart))
     if (cut := decode_plan.plan_of(problem)) is not None:
         return [*kernels, _decode(problem, cut, schedule)]

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from benchmarks.workload import APPEND, FUSED, Case
+from paged_kv.kernels.core.mixed import single_tokens
 from paged_kv.kernels.core.problem import AppendProblem, Problem
 from paged_kv.kernels.core.schedule import QueryTiles, tile_queries
 from paged_kv.kernels.tpu import (
@@ -18,7 +19,6 @@ from paged_kv.kernels.tpu import (
     decode,
     decode_plan,
     device,
-    mixed,
     plan,
     prefill,
     prefill_plan,
@@ -45,7 +45,7 @@ def explain(case: Case, chip: str) -> list[Explained]:
         is_fused = case.op == FUSED and attention.can_append(problem)
         decode_plan_ = decode.plan_of(problem, appends=is_fused)
         prefill_plan_, vmem = prefill.plan_of(problem), device.vmem_bytes()
-        singles = mixed.single_tokens(problem)
+        singles = single_tokens(problem)
         single_plan = None if singles is None else decode.plan_of(singles)
     kernels = [] if case.op not in (APPEND, FUSED) or is_fused else [_append(case, new)]
     if case.op == APPEND:

@@ -113,10 +113,11 @@ def _function(case: Case, names: tuple[str, ...], implementation: str) -> Callab
     def run(*arrays: Any) -> Any:
         given = dict(zip(names, arrays, strict=True))
         fields = [given.pop(n) for n in ("key_pool", "value_pool", "block_table", "seq_lengths")]
-        cache = paged_kv.PagedKVCache(*fields)
         if PACKED in case.tags:
             token = case.num_kv_heads, case.head_dim
             cache = paged_kv.PackedKVCache(*fields, token_shape=token)
+        else:
+            cache = paged_kv.PagedKVCache(*fields)
         options = {**given, "implementation": implementation}
         if case.op == APPEND:
             cache = paged_kv.append_tokens(cache, **options)
