@@ -79,6 +79,13 @@ def test_a_case_compiles_without_spills_and_fits_an_sm(name):
         assert kernel.blocks_per_sm
 
 
+def test_a_score_is_scaled_and_compared_by_one_instruction():
+    """A multiple of a dot product, in the exponent: of 32 per thread and loop, no other sum."""
+    by_name = {kernel.kernel: kernel for kernel in compile_case("8b_b8_16k", "H100").kernels}
+    ops = by_name["paged_decode"].ops
+    assert ops is None or ops["FFMA"] - ops["FADD"] >= 32
+
+
 SIZES = steps.Sizes(num_kv_heads=8, group=4, head_dim=128, num_blocks=1 << 14)
 
 
@@ -103,6 +110,7 @@ def test_a_fused_step_launches_one_kernel_less_and_copies_no_pool():
     assert all(kernel.spill_stores == kernel.spill_loads == 0 for kernel in fused.kernels)
     counts = [len(hlo.launches(report.compiled)) for report in (fused, in_turn)]
     assert counts[0] == counts[1] - 1
+    assert counts[0] == 4 + 2  # those of the schedule, and both kernels
     hlo.assert_updated_in_place(fused.compiled, SIZES.layer_elements)
 
 

@@ -103,6 +103,11 @@ def test_one_sequence_of_many_tiles_and_queries():
     assert_matches_oracle(problem, attend(problem))
 
 
+def test_two_groups_of_rows_store_a_result_and_a_piece_apart():
+    """One may be at the sequence that another CTA has a piece of while the other is not yet."""
+    assert_matches_oracle(problem := one_problem([64, 130], group=66), attend(problem))
+
+
 def test_a_batch_of_empty_sequences():
     out, lse = attend(one_problem([0, 0, 0]))
     assert not np.asarray(out).any()

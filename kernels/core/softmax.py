@@ -32,11 +32,18 @@ class State(NamedTuple):
     acc: Any  # weighted values, (rows, head_dim)
 
 
-def weights_of(rows: Rows, state: State, scores: Any) -> tuple[Any, Any, Any, Any]:
-    """(m, l, decay, weights) after a tile of masked scores: what was seen before counts `decay`."""
-    m = jnp.maximum(state.m, rows.reduce(jnp.max, scores))
+def weights_of(
+    rows: Rows, state: State, scores: Any, unit: float | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """(m, l, decay, weights) after a tile of masked scores: what was seen before counts `decay`.
+
+    unit: a positive number that scores are still to be multiplied by, which is one instruction
+      with the difference; those masked are -inf then, for a finite mask would not outlast it.
+    """
+    scaled = (lambda x: x) if unit is None else (lambda x: x * jnp.float32(unit))
+    m = jnp.maximum(state.m, scaled(rows.reduce(jnp.max, scores)))
     decay = jnp.exp2(state.m - m)
-    weights = jnp.exp2(scores - rows.expand(m, scores.shape))
+    weights = jnp.exp2(scaled(scores) - rows.expand(m, scores.shape))
     return m, state.l * decay + rows.reduce(jnp.sum, weights), decay, weights
 
 

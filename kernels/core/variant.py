@@ -36,6 +36,11 @@ class Variant:
             return 0
         return None if self.window is None else self.window[1]
 
+    @property
+    def is_linear(self) -> bool:
+        """Scores are dot products times a positive number: a maximum may be taken before it."""
+        return self.logits_soft_cap is None and not self.has_alibi and self.scale > 0
+
     def score(
         self,
         dots: Any,

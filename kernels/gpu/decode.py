@@ -27,7 +27,7 @@ from ..core.arrays import AttentionArrays, NewTokens
 from ..core.problem import Problem
 from . import blocks, combine, decode_append, tile, worklist
 from .blocks import Ring, divide, pl, plgpu
-from .decode_plan import DecodePlan, partial_width, scratch
+from .decode_plan import DecodePlan, partial_width, result_name, scratch
 from .plan import WARPGROUP_ROWS
 from .tile import Rows, Sharing, Tiles
 from .worklist import Part, Share, Stretch
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     table: Any  # int32 (batch, max_blocks_per_seq)
     work: Any  # the rows of a WorkList
     layer: Any  # int32 (1,)
-    slopes: Any  # float32 (row_groups, WARPGROUP_ROWS)
+    slopes: Any  # float32 (row_groups, WARPGROUP_ROWS), of ALiBi
     new: NewTokens | None  # to be written to the pools
 
 
@@ -50,9 +50,9 @@ class Outputs(NamedTuple):
     """Refs in device memory: results of whole sequences, and of pieces."""
 
     out: Any  # (batch, row_groups, query_rows, head_dim)
-    lse: Any  # float32 (batch, row_groups, WARPGROUP_ROWS)
+    lse: Any  # float32 (batch, row_groups, query_rows)
     piece_out: Any  # float32 (places, row_groups, query_rows, partial_width)
-    piece_lse: Any  # float32 (places, row_groups, WARPGROUP_ROWS)
+    piece_lse: Any  # float32 (places, row_groups, query_rows)
 
 
 class Piece(NamedTuple):
@@ -154,7 +154,7 @@ def attend(
     )
     out, lse, *pools = blocks.run_locally(partial(_attend, problem, plan, interpret), inputs)
     out = out.reshape(-1, plan.rows, cache.head_dim)[:, :heads]
-    lse = lse[:, :, : plan.query_rows].reshape(-1, plan.rows)[:, :heads]
+    lse = lse.reshape(-1, plan.rows)[:, :heads]
     return out, lse, *(pool.reshape(arrays.key_pool.shape) for pool in pools)
 
 
@@ -172,18 +172,17 @@ def _attend(
 
 
 def _slope_of_rows(plan: DecodePlan, heads: int, slopes: jax.Array | None) -> jax.Array:
-    shape = (plan.row_groups, WARPGROUP_ROWS)
     if slopes is None:
-        return jnp.zeros(shape, jnp.float32)
+        return jnp.zeros((1, 1), jnp.float32)  # never read; more of them would be a launch
     padding = plan.row_groups * WARPGROUP_ROWS - heads
-    return jnp.pad(slopes.astype(jnp.float32), (0, padding)).reshape(shape)
+    return jnp.pad(slopes.astype(jnp.float32), (0, padding)).reshape(-1, WARPGROUP_ROWS)
 
 
 def _main(problem: Problem, plan: DecodePlan, interpret: Any) -> Any:
     """The kernel, as a function of `Inputs` that returns `Outputs`."""
     batch, head_dim = problem.cache.batch, problem.cache.head_dim
     places = batch + plan.line.num_ctas
-    rows, lse_rows = (plan.row_groups, plan.query_rows), (plan.row_groups, WARPGROUP_ROWS)
+    rows = plan.row_groups, plan.query_rows
     array = jax.ShapeDtypeStruct
     return blocks.kernel(
         partial(_body, problem=problem, plan=plan, is_simulated=interpret is not None),
@@ -191,9 +190,9 @@ def _main(problem: Problem, plan: DecodePlan, interpret: Any) -> Any:
         cost=problem.cost,
         out_type=Outputs(
             array((batch, *rows, head_dim), problem.query_dtype),
-            array((batch, *lse_rows), jnp.float32),
+            array((batch, *rows), jnp.float32),
             array((places, *rows, partial_width(head_dim)), jnp.float32),
-            array((places, *lse_rows), jnp.float32),
+            array((places, *rows), jnp.float32),
         ),
         grid=(plan.line.num_ctas,),
         grid_names=("cta",),
@@ -362,26 +361,33 @@ def _exchange(cta: Cta, turn: Any, piece: Piece, state: softmax.State) -> None:
 
 def _store(cta: Cta, group: Any, piece: Piece, state: softmax.State) -> None:
     """Through shared memory, whose last contents must have left it."""
-    plan, outputs, head_dim = cta.plan, cta.outputs, cta.problem.cache.head_dim
-    result_smem, piece_smem = cta.smem["result_smem"]
-    lse_smem = cta.smem["lse_smem"]
-    heads = pl.ds(0, plan.query_rows)
     out, lse = softmax.finish(blocks.ROWS, state)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    lse_smem[group] = lse
+    cta.smem["lse_smem"][group] = lse
+    for number in range(cta.plan.row_groups):
+        store = partial(_copy_out, cta, number, piece, out)
+        store() if cta.plan.row_groups == 1 else pl.when(group == number)(store)
+
+
+def _copy_out(cta: Cta, group: int, piece: Piece, out: Any) -> None:
+    """The result of a whole sequence, or that of a piece."""
+    plan, outputs, head_dim = cta.plan, cta.outputs, cta.problem.cache.head_dim
+    result_smem, piece_smem = cta.smem[result_name(group)]
+    heads = pl.ds(0, plan.query_rows)
+    lse_smem = cta.smem["lse_smem"].at[group, heads]
 
     @pl.when(piece.is_whole)
     def _():
-        result_smem[group] = out.astype(result_smem.dtype)
+        result_smem[...] = out.astype(result_smem.dtype)
         plgpu.commit_smem()
         sequence = piece.part.sequence
-        plgpu.copy_smem_to_gmem(result_smem.at[group, heads], outputs.out.at[sequence, group])
-        plgpu.copy_smem_to_gmem(lse_smem.at[group], outputs.lse.at[sequence, group])
+        plgpu.copy_smem_to_gmem(result_smem.at[heads], outputs.out.at[sequence, group])
+        plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[sequence, group])
 
     @pl.when(jnp.logical_not(piece.is_whole))
     def _():
-        piece_smem[group] = out
+        piece_smem[...] = out
         plgpu.commit_smem()
-        target = outputs.piece_out.at[piece.place, group, :, pl.ds(0, head_dim)]
-        plgpu.copy_smem_to_gmem(piece_smem.at[group, heads], target)
-        plgpu.copy_smem_to_gmem(lse_smem.at[group], outputs.piece_lse.at[piece.place, group])
+        place = outputs.piece_out.at[piece.place, group, :, pl.ds(0, head_dim)]
+        plgpu.copy_smem_to_gmem(piece_smem.at[heads], place)
+        plgpu.copy_smem_to_gmem(lse_smem, outputs.piece_lse.at[piece.place, group])

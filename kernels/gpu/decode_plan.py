@@ -149,6 +149,11 @@ def partial_width(head_dim: int) -> int:
     return -(-head_dim // LANES) * LANES
 
 
+def result_name(group: int) -> str:
+    """Of the shared memory where a row group's results wait for their copy."""
+    return f"result_smem_{group}"
+
+
 def scratch(problem: Problem, plan: DecodePlan) -> dict[str, Buffer | Union | Barriers]:
     """The shared memory of one CTA of the main kernel, by the names of its parameters."""
     head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
@@ -160,9 +165,6 @@ def scratch(problem: Problem, plan: DecodePlan) -> dict[str, Buffer | Union | Ba
         "query_smem": swizzled((plan.query_stages, groups, *rows), dtype),
         "key_smem": tile,
         "value_smem": tile,
-        "result_smem": Union(
-            swizzled((groups, *rows), out_dtype), swizzled((groups, *rows), "float32")
-        ),
         "lse_smem": Buffer((groups, WARPGROUP_ROWS), "float32"),
         "query_full": Barriers(plan.query_stages, groups),
         "query_empty": Barriers(plan.query_stages, plan.consumers),
@@ -173,6 +175,8 @@ def scratch(problem: Problem, plan: DecodePlan) -> dict[str, Buffer | Union | Ba
         "padding_full": Barriers(1, plan.stages),
         "tail_clear": Barriers(1, groups),
     }
+    for group in range(groups):  # each its own, for one may store a piece while another does not
+        parts[result_name(group)] = Union(swizzled(rows, out_dtype), swizzled(rows, "float32"))
     if plan.appends:
         parts |= {
             "new_smem": Buffer((2, problem.cache.num_kv_heads, head_dim), dtype),

@@ -85,6 +85,12 @@ class KeyTiles:
         return self.blocks_per_tile * self.block_rows == self.tiles_per_block * self.rows
 
     @property
+    def heads_repeat(self) -> bool:
+        """Row r is of the same head in every tile, and what a thread has is of few of them."""
+        is_power = self.num_heads & (self.num_heads - 1) == 0
+        return self.is_exact and is_power and self.num_heads <= self.rows
+
+    @property
     def efficiency(self) -> float:
         """Share of the rows that belong to a slot."""
         return self.blocks_per_tile * self.block_rows / (self.tiles_per_block * self.rows)

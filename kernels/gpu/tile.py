@@ -50,18 +50,23 @@ class Rows(NamedTuple):
     seq_length: Any
 
     def score(self, problem: Problem, keys: KeyTiles, dots: Any, tile: Any, is_edge: bool) -> Any:
-        """Masked scores, in units of log 2, of the dot products with a tile of keys."""
+        """Masked scores of the dot products with a tile of keys, still without their `unit`."""
         variant, shape = problem.variant, dots.shape
         per_row = lambda x: lax.broadcast_in_dim(x, shape, (0,))
         per_column = lambda x: lax.broadcast_in_dim(x, shape, (1,))
         token, first_row = keys.origin(tile)
         column = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=blocks.PER_COLUMN)
-        # held back here: what follows from it would leave the loop and stay in registers
-        row = lax.optimization_barrier(column) + first_row
+        if is_edge or not (variant.is_linear and keys.heads_repeat):
+            # held back here: what follows from it would leave the loop and stay in registers
+            column = lax.optimization_barrier(column)
+        row = column + first_row
         query_position = per_row(self.query_position)
         key_position = per_column(token + divide(row, keys.num_heads))
         slope = None if self.slope is None else per_row(self.slope)
-        scores = variant.score(dots, query_position, key_position, slope, LOG2E)
+        scores, mask = dots, -jnp.inf
+        if not variant.is_linear:
+            scores = variant.score(dots, query_position, key_position, slope, LOG2E)
+            mask = softmax.MASK
         is_seen = []
         if keys.num_heads > 1:
             is_seen.append(per_row(self.kv_head) == per_column(remainder(row, keys.num_heads)))
@@ -71,7 +76,7 @@ class Rows(NamedTuple):
             is_seen.append(variant.keep(query_position, key_position, self.seq_length))
         if not is_seen:
             return scores
-        return jnp.where(reduce(operator.and_, is_seen), scores, softmax.MASK)
+        return jnp.where(reduce(operator.and_, is_seen), scores, mask)
 
 
 def empty_state(head_dim: int) -> softmax.State:
@@ -116,7 +121,8 @@ def attend(
     dots = matmul(query, key_ring.slots.at[slot], is_transposed=True)
     key_ring.release(step)
     scores = rows.score(tiles.problem, keys, dots, tile, is_edge)
-    m, l, decay, weights = softmax.weights_of(blocks.ROWS, state, scores)
+    unit = tiles.problem.variant.scale * LOG2E if tiles.problem.variant.is_linear else None
+    m, l, decay, weights = softmax.weights_of(blocks.ROWS, state, scores, unit)
     acc = state.acc * blocks.ROWS.expand(decay, state.acc.shape)
     if is_edge:
         pl.when(jnp.logical_not(is_tail))(partial(value_ring.await_full, step))
