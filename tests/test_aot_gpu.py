@@ -14,7 +14,7 @@ import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
 from paged_kv.kernels.gpu import decode_plan, plan, prefill_plan, unsupported_version
-from tools.gpu_compile import archs, compiler
+from tools.gpu_compile import compiler
 from tools.gpu_compile.__main__ import compile_case
 
 pytestmark = [
@@ -170,11 +170,12 @@ def test_donated_append_compiles_and_copies_no_pool(tokens, kv_heads, head_dim, 
 
 @pytest.mark.parametrize("name", ["append_64", "append_32k"])
 def test_an_append_launches_one_kernel(name):
-    """And all its threads fit an SM at once, which keeps enough bytes on their way."""
+    """And an SM has enough bytes on their way: a row of keys and one of values per token."""
     report = compile_case(name, "H100")
     (kernel,) = report.kernels
     assert (kernel.spill_stores, kernel.spill_loads, kernel.smem_bytes) == (0, 0, 0)
-    assert kernel.blocks_per_sm == archs.THREADS_PER_SM // 128
+    tokens_per_block = 2 if name == "append_32k" else 1
+    assert kernel.blocks_per_sm * tokens_per_block * 2 * 2048 >= 65536
     assert len(hlo.launches(report.compiled)) == 1
 
 

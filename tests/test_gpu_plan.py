@@ -10,7 +10,7 @@ import pytest
 from paged_kv.kernels.core.problem import AppendProblem, CacheShape, Problem
 from paged_kv.kernels.core.schedule import QueryTiles
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import decode_plan, plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, device, plan, unsupported_version
 from paged_kv.kernels.gpu.plan import KeyTiles
 
 GEOMETRIES = [
@@ -135,7 +135,7 @@ def test_every_plan_fits_shared_memory(head_dim, heads):
         assert plan.smem_bytes(plan.scratch(asked, made)) <= plan.SMEM_BYTES
         assert made.stages >= 2
         assert made.parts * made.consumers * plan.WARPGROUP_ROWS >= made.tile_tokens * heads[1]
-        assert made.num_ctas <= plan.NUM_SMS
+        assert made.num_ctas <= device.H100_SMS
 
 
 def given_registers(consumers):
@@ -210,3 +210,20 @@ def test_append_says_what_it_does_not_support(changes, reason):
         return
     with pytest.raises(NotImplementedError, match=reason):
         raise NotImplementedError(text)
+
+
+@pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}")
+@pytest.mark.parametrize("num_sms", [114, 132])
+def test_plans_are_for_the_sms_of_the_device(monkeypatch, num_sms):
+    """An H100 has 132 of them, as a card for PCIe 114."""
+    from paged_kv.kernels.gpu import append
+
+    monkeypatch.setattr(device, "num_sms", lambda: num_sms)
+    assert decode_plan.Line.of(cache()).num_ctas == num_sms
+    assert plan.make_plan(problem(4096, is_packed=True)).num_ctas == num_sms
+    chunk = lambda tokens, **sizes: (
+        append.make_plan(AppendProblem(cache(**sizes), tokens, True)).chunk_tokens
+    )
+    assert [chunk(64 * num_sms - 1), chunk(64 * num_sms)] == [1, 2]
+    small = {"num_kv_heads": 1, "head_dim": 64}  # through shared memory
+    assert [chunk(3 * num_sms, **small), chunk(3 * num_sms + 1, **small)] == [3, 4]

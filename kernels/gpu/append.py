@@ -25,7 +25,6 @@ from .blocks import divide, pl, plgpu, remainder
 from .plan import (
     INT32_MAX,
     MAX_SIMULATED_CTAS,
-    NUM_SMS,
     SMEM_BYTES,
     Barriers,
     Buffer,
@@ -40,7 +39,7 @@ MAX_BOX = 256  # elements of a copy along one axis
 THREADS = 128
 THREAD_BYTES = 8, 16  # that a thread loads at once, at least and at most
 MAX_ROW_BYTES = 16384  # of a token in registers, keys and values each
-PAIR_CTAS = 32 * NUM_SMS  # from twice as many tokens on, a CTA has two of them
+PAIR_CTAS = 32  # per SM: from twice as many tokens on, a CTA has two of them
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,14 @@ class Inputs(NamedTuple):
 
 
 def make_plan(problem: AppendProblem, *, is_simulated: bool = False) -> Plan:
-    num_tokens, vector = problem.num_tokens, _vector(problem.cache)
+    num_tokens, vector, num_sms = problem.num_tokens, _vector(problem.cache), device.num_sms()
     token_rows = problem.cache.num_kv_heads if vector else _token_rows(problem.cache)
     if vector:
-        chunk_tokens = 2 if is_simulated or num_tokens >= 2 * PAIR_CTAS else 1
+        chunk_tokens = 2 if is_simulated or num_tokens >= 2 * PAIR_CTAS * num_sms else 1
     else:
         token_bytes = token_rows * _row_bytes(problem.cache)
         # small calls are spread over all SMs, large ones are cut by what a CTA holds
-        spread = -(-num_tokens // (MAX_SIMULATED_CTAS if is_simulated else NUM_SMS))
+        spread = -(-num_tokens // (MAX_SIMULATED_CTAS if is_simulated else num_sms))
         chunk_tokens = max(1, min(CHUNK_BYTES // token_bytes, spread, MAX_BOX))
     num_chunks = -(-num_tokens // chunk_tokens)
     num_ctas = min(num_chunks, MAX_SIMULATED_CTAS) if is_simulated else num_chunks
@@ -239,6 +238,9 @@ def _through_registers(problem: AppendProblem, plan: Plan, inputs: Inputs, first
     inside = [jnp.minimum(token, problem.num_tokens - 1) for token in tokens]
     load = partial(plgpu.load, layout=layout)
     loaded = [(load(inputs.keys.at[i]), load(inputs.values.at[i])) for i in inside]
+    if device.capability() >= device.HOPPER:  # the only barrier that costs nothing is not older
+        # holds the loads here: the compiler would start them only once a slot is known
+        plgpu.wait_smem_to_gmem(0)
     slots = [slot_of(problem, inputs.targets, token) for token in tokens]
     for (key, value), slot in zip(loaded, slots, strict=True):
 

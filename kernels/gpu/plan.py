@@ -20,7 +20,6 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float16")
 QUERY_DTYPES = (*DTYPES, "float32")
 WARPGROUP_ROWS = 64  # query rows of a warpgroup: the M of a wgmma
-NUM_SMS = 132  # of an H100 or H200
 SMEM_BYTES = 232448  # what one CTA may have on Hopper
 SMEM_ALIGNMENT = 1024  # of each buffer
 MAX_SIMULATED_CTAS = 4  # the interpreter runs CTAs one after the other
@@ -244,7 +243,7 @@ def _plan(
     num_tiles = num_query_tiles(
         problem.num_tokens, problem.cache.batch, tile_tokens, problem.is_packed
     )
-    limit = MAX_SIMULATED_CTAS if is_simulated else NUM_SMS
+    limit = MAX_SIMULATED_CTAS if is_simulated else device.num_sms()
     return Plan(
         keys=key_tiles(problem.cache),
         tile_tokens=tile_tokens,
