@@ -42,9 +42,9 @@ def assert_runs_prefill(problem):
         ([150, 75], [70, 75], {"head_dim": 128}),
         ([90, 140, 9], [60, 131, 1], {"head_dim": 64, "block_size": 32, "group": 1}),
         ([70], [68], {"head_dim": 80, "block_size": 128, "group": 3}),
-        ([300], [66], {"head_dim": 96, "block_size": 256, "num_kv_heads": 2}),
+        ([300], [66], {"head_dim": 192, "block_size": 256, "num_kv_heads": 2}),
     ],
-    ids=["two_heads", "one_head", "odd_group", "large_block"],
+    ids=["two_heads", "one_head", "odd_group", "large_wide_block"],
 )
 def test_ragged_batches(lengths, counts, sizes):
     problem = one_problem(lengths, counts, **{"block_size": 16, **sizes})
@@ -53,16 +53,16 @@ def test_ragged_batches(lengths, counts, sizes):
 
 
 @pytest.mark.parametrize(
-    "variant",
+    ("head_dim", "variant"),
     [
-        {"local_window_size": (90, 0), "logits_soft_cap": 5.0, "has_slopes": True},
-        {"local_window_size": (70, 30), "is_causal": False, "scale": 0.3},
+        (128, {"local_window_size": (90, 0), "logits_soft_cap": 5.0, "has_slopes": True}),
+        (256, {"local_window_size": (70, 30), "is_causal": False, "scale": 0.3}),
     ],
-    ids=["window_cap_alibi", "two_sided"],
+    ids=["window_cap_alibi", "two_sided_wide"],
 )
-def test_variants(variant):
+def test_variants(head_dim, variant):
     """Over several tiles of keys, the first of which no query sees."""
-    plain = one_problem([330, 70], [100, 70], head_dim=128, block_size=64)
+    plain = one_problem([330, 70], [100, 70], head_dim=head_dim, block_size=64)
     slopes = jnp.asarray([0.1, 0.7]) if "has_slopes" in variant else None
     form = dataclasses.replace(plain.form, **variant)
     problem = dataclasses.replace(plain, form=form, alibi_slopes=slopes)

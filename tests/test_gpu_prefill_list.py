@@ -111,9 +111,9 @@ def test_every_plan_fits_shared_memory(head_dim, has_alibi):
         cache = replace(CACHE, head_dim=head_dim, block_size=block_size)
         asked = problem(cache, group=group, query_dtype=dtype, has_alibi=has_alibi)
         made = prefill_plan.plan_of(asked)
-        assert (made is None) == (head_dim > prefill_plan.MAX_HEAD_DIM)
-        if made is not None:
-            assert plan.smem_bytes(prefill_plan.scratch(asked, made)) <= plan.SMEM_BYTES
+        assert made.is_wide == (head_dim > prefill_plan.MAX_NARROW)
+        assert made.value_stages > 1 or not made.is_wide
+        assert plan.smem_bytes(prefill_plan.scratch(asked, made)) <= plan.SMEM_BYTES
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,9 @@ def test_what_another_kernel_takes(asked):
     assert prefill_plan.plan_of(problem()) is not None
 
 
-def test_warpgroups_hold_no_more_registers_than_a_cta_has():
-    consumers, producer = prefill_plan.CONSUMER_REGISTERS, prefill_plan.PRODUCER_REGISTERS
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_warpgroups_hold_no_more_registers_than_a_cta_has(head_dim):
+    made = prefill_plan.plan_of(problem(replace(CACHE, head_dim=head_dim)))
+    held = made.consumer_registers * prefill_plan.CONSUMERS + made.producer_registers
     given = 65536 // (128 * (prefill_plan.CONSUMERS + 1)) // 8 * 8
-    assert consumers * prefill_plan.CONSUMERS + producer <= given * (prefill_plan.CONSUMERS + 1)
+    assert held <= given * (prefill_plan.CONSUMERS + 1)

@@ -29,9 +29,7 @@ from .plan import WARPGROUP_ROWS
 from .prefill_copies import produce
 from .prefill_cta import Cta, Inputs, Outputs, Work
 from .prefill_plan import (
-    CONSUMER_REGISTERS,
     CONSUMERS,
-    PRODUCER_REGISTERS,
     ROW_GROUP,
     PrefillPlan,
     scratch,
@@ -94,11 +92,11 @@ def _body(*refs: Any, problem: Problem, plan: PrefillPlan, is_simulated: bool, *
     warpgroup = lax.axis_index("warpgroup")
 
     def copies():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(plan.producer_registers, action="decrease")
         produce(cta)
 
     def computes():
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        plgpu.set_max_registers(plan.consumer_registers, action="increase")
         _consume(cta, warpgroup)
 
     # two branches of one: what consumers need is not kept through the producer's code
@@ -131,9 +129,10 @@ def _consume(cta: Cta, consumer: Any) -> None:
 def _store(cta: Cta, consumer: Any, work: Work, result: tuple[Any, Any]) -> None:
     """Through shared memory, whose last contents must have left it."""
     out, lse = result
+    outputs, columns = cta.outputs, cta.plan.out_columns
+    strips = cta.problem.cache.head_dim // columns
     names = "out_smem" if cta.plan.has_swizzled_out else "part_smem", "part_smem", "lse_smem"
     whole_smem, part_smem, lse_smem = (cta.smem[name].at[consumer] for name in names)
-    outputs = cta.outputs
     head, offset = cta.rows_of(consumer, work)
     start = jnp.clip(work.item.row_start - offset, 0, WARPGROUP_ROWS)
     stop = jnp.clip(work.item.row_stop - offset, 0, WARPGROUP_ROWS)
@@ -143,19 +142,30 @@ def _store(cta: Cta, consumer: Any, work: Work, result: tuple[Any, Any]) -> None
     out = out.astype(cta.problem.query_dtype)
     lse_smem[...] = lse
 
+    def put(smem: Any, strip: int) -> Any:
+        """Columns of the result into shared memory; where they go."""
+        if strips == 1:
+            smem[...], target = out, outputs.out
+        else:
+            if strip:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            smem[...] = out[:, strip * columns : (strip + 1) * columns]
+            target = outputs.out.at[:, :, pl.ds(strip * columns, columns)]
+        plgpu.commit_smem()
+        return target
+
     @pl.when(is_whole)
     def _():
-        whole_smem[...] = out
-        plgpu.commit_smem()
         rows = pl.ds(first_row, WARPGROUP_ROWS)
-        plgpu.copy_smem_to_gmem(whole_smem, outputs.out.at[rows, head])
+        for strip in range(strips):
+            target = put(whole_smem, strip)
+            plgpu.copy_smem_to_gmem(whole_smem, target.at[rows, head])
         plgpu.copy_smem_to_gmem(lse_smem, outputs.lse.at[head, rows])
 
     @pl.when(jnp.logical_not(is_whole))
     def _():
-        part_smem[...] = out
-        plgpu.commit_smem()
-        _copy_rows(part_smem, outputs.out, head, first_row, start, stop)
+        for strip in range(strips):
+            _copy_rows(part_smem, put(part_smem, strip), head, first_row, start, stop)
 
         @pl.loop(start, stop)
         def _(row):

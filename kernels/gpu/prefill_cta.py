@@ -58,6 +58,15 @@ class Cta(NamedTuple):
         barriers = self.smem["full"], self.smem["empty"]
         return Ring(self.smem["value_smem"], *barriers, first=self.plan.key_stages)
 
+    def query(self, consumer: Any) -> Any:
+        """A consumer's query rows."""
+        return self.smem["query_smem"].at[self.held(consumer)]
+
+    def held(self, index: Any) -> Any:
+        """Where registers are few, an index that the compiler does not know: addresses made of one
+        that it knows are computed before all loops, and stay in registers."""
+        return lax.optimization_barrier(jnp.int32(index)) if self.plan.is_wide else index
+
     def query_full(self, consumer: Any) -> Any:
         return self.smem["signals"].at[consumer]
 

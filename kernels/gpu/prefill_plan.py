@@ -26,11 +26,14 @@ RING_ROWS = 256  # of keys in flight; as many of values
 # Query tokens per sequence on average: fewer leave most rows of a tile empty.  The other kernel
 # multiplies with the keys of all kv heads at once, so the fewer those are the sooner it does less.
 MIN_TOKENS, MAX_MIN_TOKENS, MIN_TOKENS_TIMES_HEADS = 16, 64, 128
-MAX_IDS = 4  # block ids that a copying warp reads ahead; more take registers it has not
-MAX_HEAD_DIM = 128
+MAX_IDS, MAX_WIDE_IDS = 4, 2  # block ids that a copying warp reads ahead, of few registers
+# A wider head is accumulated in up to 128 registers per thread.  Keys and values of 64 tokens then
+# have two slots each, results leave in strips, and the consumers take what copies can do without.
+MAX_NARROW = 128
+OUT_COLUMNS = (256, 192, 128, 64)  # of a strip
 # See plan.py: what all warpgroups hold must not pass what the launch gave.
-PRODUCER_REGISTERS = 40
-CONSUMER_REGISTERS = 232
+PRODUCER_REGISTERS, WIDE_PRODUCER_REGISTERS = 40, 24
+CONSUMER_REGISTERS, WIDE_CONSUMER_REGISTERS = 232, 240
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class PrefillPlan:
     copy_warps: int  # that bring keys; as many others bring values
     has_maskless_loop: bool  # a loop without masks, for tiles that every row sees whole
     has_swizzled_out: bool  # whole tiles have a buffer of their own, without bank conflicts
+    is_wide: bool  # the accumulator leaves few registers, and the tiles little shared memory
+    out_columns: int  # of a result that leave at once; all of them unless it is wide
     num_ctas: int
 
     @property
@@ -75,25 +80,32 @@ class PrefillPlan:
         return self.cut.tile_tokens
 
     @property
+    def producer_registers(self) -> int:
+        return WIDE_PRODUCER_REGISTERS if self.is_wide else PRODUCER_REGISTERS
+
+    @property
+    def consumer_registers(self) -> int:
+        return WIDE_CONSUMER_REGISTERS if self.is_wide else CONSUMER_REGISTERS
+
+    @property
     def copies_per_warp(self) -> int:
         return self.keys.blocks_per_tile // self.copy_warps
 
     @property
     def reads_ahead(self) -> bool:
         """Block ids are read one tile ahead."""
-        return self.copies_per_warp <= MAX_IDS
+        return self.copies_per_warp <= (MAX_WIDE_IDS if self.is_wide else MAX_IDS)
 
 
 def cut_of(
     cache: CacheShape, num_query_heads: int, num_tokens: int, *, has_alibi: bool = False
 ) -> Cut | None:
     """How prefill over such a cache is cut, None where another kernel takes it."""
-    has_few = has_alibi or cache.head_dim > MAX_HEAD_DIM
+    has_few = has_alibi or cache.head_dim > MAX_NARROW
     keys = KeyTiles.of_rows(cache.block_size, 1, FEW_KEY_ROWS if has_few else KEY_ROWS)
     is_supported = (
         cache.dtype in DTYPES
         and cache.head_dim in HEAD_DIMS
-        and cache.head_dim <= MAX_HEAD_DIM
         and cache.block_size % 8 == 0
         and keys.is_exact
         and num_tokens >= max(WARPGROUP_ROWS, _min_tokens(cache.num_kv_heads) * cache.batch)
@@ -126,6 +138,9 @@ def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | No
     )
     if cut is None:
         return None
+    head_dim = problem.cache.head_dim
+    is_wide = head_dim > MAX_NARROW
+    columns = [n for n in OUT_COLUMNS if head_dim % n == 0] if is_wide else [head_dim]
     heads = _heads_per_item(problem.group)
     parts = problem.num_query_heads // heads
     limit = MAX_SIMULATED_CTAS if is_simulated else device.num_sms()
@@ -143,10 +158,13 @@ def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | No
             # beside the scores of ALiBi it spills registers
             has_maskless_loop=not problem.variant.has_alibi,
             has_swizzled_out=has_swizzled_out,
+            is_wide=is_wide,
+            out_columns=out_columns,
             num_ctas=min(parts * cut.num_tiles(problem.cache.batch), limit),
         )
         for key_stages, value_stages in stages
         for has_swizzled_out in (True, False)
+        for out_columns in columns
     )
     return next((p for p in candidates if smem_bytes(scratch(problem, p)) <= SMEM_BYTES), None)
 
@@ -155,15 +173,16 @@ def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | B
     """The shared memory of one CTA, by the names of the kernel's parameters."""
     head_dim, dtype, out_dtype = problem.cache.head_dim, problem.cache.dtype, problem.query_dtype
     rows = (CONSUMERS, WARPGROUP_ROWS)
-    swizzled = lambda shape, dtype: Buffer(shape, dtype, swizzle_bytes(head_dim, dtype))
+    swizzled = lambda shape, dtype: Buffer(shape, dtype, swizzle_bytes(shape[-1], dtype))
     tiles = lambda stages: swizzled((stages, plan.keys.rows, head_dim), dtype)
     stages = plan.key_stages + plan.value_stages
     copies = plan.keys.blocks_per_tile
+    out = (*rows, plan.out_columns)
     parts = {
         "query_smem": swizzled((*rows, head_dim), dtype),
         "key_smem": tiles(plan.key_stages),
         "value_smem": tiles(plan.value_stages),
-        "part_smem": Buffer((*rows, head_dim), out_dtype),
+        "part_smem": Buffer(out, out_dtype),
         "lse_smem": Buffer(rows, "float32"),
         # of the keys, then of the values; fewer arrays of barriers take fewer registers
         "full": Barriers(stages, copies),
@@ -173,5 +192,5 @@ def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | B
         "query_empty": Barriers(CONSUMERS),
     }
     if plan.has_swizzled_out:
-        parts["out_smem"] = swizzled((*rows, head_dim), out_dtype)
+        parts["out_smem"] = swizzled(out, out_dtype)
     return parts

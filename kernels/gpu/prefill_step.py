@@ -54,7 +54,7 @@ def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
     rows = Rows.of(cta, consumer, index)
     item = rows.item
     keys.await_full(steps)
-    query = cta.smem["query_smem"].at[consumer]
+    query = cta.query(consumer)
     dots = matmul(query, keys.slots.at[keys.slot(steps)], is_transposed=True)
     keys.release(steps)
     carry = _take_in(cta, rows, 0, None, dots, is_edge=True)
@@ -87,12 +87,12 @@ def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
 
 def take_first_turn(cta: Cta, consumer: Any) -> None:
     """Before all items: the second consumer lets the first one begin."""
-    pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(cta.turn(0)))
+    pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(cta.turn(cta.held(0))))
 
 
 def take_last_turn(cta: Cta, consumer: Any) -> None:
     """After all items: what was given is taken, for every completion has to be waited for."""
-    pl.when(consumer == 0)(lambda: plgpu.barrier_wait(cta.turn(0)))
+    pl.when(consumer == 0)(lambda: plgpu.barrier_wait(cta.turn(cta.held(0))))
 
 
 def _step(
@@ -100,7 +100,7 @@ def _step(
 ) -> Carry:
     """Scores of visit `i`, and the values of the one before."""
     keys, values = cta.keys, cta.values
-    state, query = carry.state, cta.smem["query_smem"].at[consumer]
+    state, query = carry.state, cta.query(consumer)
     key_step, value_step = steps + i, steps + i - 1
     key_ref, value_ref = (
         keys.slots.at[keys.slot(key_step)],
