@@ -34,8 +34,10 @@ class Ledger:
         missing = num_blocks - self.free.count
         if missing <= 0:
             blocks = self.free.take(num_blocks, after)
-        else:
+        elif self.free.count:
             blocks = self.free.take(self.free.count, after) + self.index.evict(missing)
+        else:
+            blocks = self.index.evict(missing)
         if self._is_scrubbing:
             self.scrubs.update(dict.fromkeys(blocks))
         self._note_peak()

@@ -12,19 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .idle_blocks import IdleBlocks
+from .idle_blocks import HELD, UNKNOWN, IdleBlocks
 
 TOKEN_BYTES = NUMBER_BYTES = 4
 
 Tokens = Sequence[int] | np.ndarray
 Salt = str | bytes | None
 
-# Fewer blocks than this are handled one by one; NumPy's calls take longer.
-FEW = 8
 # Dead nodes looked at for each block stored, and whenever one dies by itself.
 SWEEP = 2
-# A node of -1 among others as bytes.  Other nodes' bytes may look like it: it may be, or is not.
-UNKNOWN = array("i", [-1]).tobytes()
 
 
 class BlockStored(NamedTuple):
@@ -69,8 +65,9 @@ class PrefixIndex:
     is filled again.  Plain ints and bytes in flat tables: a million small objects would make the
     garbage collector pause.
 
-    Somebody waits for the blocks that are evicted, so that is one write to each; nodes that died
-    by it are dropped a few at a time as others are stored.
+    Somebody waits for the blocks that are evicted, so that writes one byte for each.  What node it
+    was stays beside a block until it is stored again; nodes that are dead then are dropped a few at
+    a time.
 
     Source: the block hashes of vLLM, the tree of SGLang's RadixAttention (Zheng et al., 2024).
     """
@@ -80,8 +77,10 @@ class PrefixIndex:
     ) -> None:
         self.evictions = 0
         self.num_known = 0  # cached blocks
-        self.idle = IdleBlocks(num_blocks)  # those that no sequence holds
-        self._node_of = array("i", [-1]) * num_blocks  # by block; -1: not cached
+        self._state = bytearray(num_blocks)  # by block: UNKNOWN, HELD or IDLE
+        self._states = np.frombuffer(self._state, np.uint8)  # the same memory
+        self.idle = IdleBlocks(self._state)  # those that no sequence holds
+        self._node_of = array("i", [-1]) * num_blocks  # by block: its node, or the last it was
         self._nodes = np.frombuffer(self._node_of, np.int32)  # the same memory
         self._find: dict[bytes, int] = {}  # parent's number and tokens -> node
         self._keys: list[bytes] = []  # by node, like all below
@@ -99,11 +98,11 @@ class PrefixIndex:
 
     def knows(self, block: int) -> bool:
         """Whether a block is cached."""
-        return self._node_of[block] >= 0
+        return self._state[block] != UNKNOWN
 
     def known_blocks(self) -> list[int]:
         """All cached blocks."""
-        return np.flatnonzero(self._nodes >= 0).tolist()
+        return np.flatnonzero(self._states).tolist()
 
     def root(self, salt: Salt) -> int:
         """Where a tenant's prefixes start: a node to `stand` on."""
@@ -115,10 +114,11 @@ class PrefixIndex:
 
     def walk(self, node: int, data: bytes) -> Iterator[tuple[int, int]]:
         """(node, block) along the longest known prefix of `data`, from the child of `node` on."""
-        chunk, find, blocks, nodes = self._chunk, self._find, self._blocks, self._node_of
+        chunk, find, blocks = self._chunk, self._find, self._blocks
+        nodes, state = self._node_of, self._state
         for start in range(0, len(data) - chunk + 1, chunk):
             node = find.get(_number(node) + data[start : start + chunk], -1)
-            if node < 0 or nodes[block := blocks[node]] != node:
+            if node < 0 or nodes[block := blocks[node]] != node or not state[block]:
                 return
             yield node, block
 
@@ -132,7 +132,9 @@ class PrefixIndex:
             tokens = data[number * self._chunk : (number + 1) * self._chunk]
             parent, node = node, self._child(node, tokens)
             if block >= 0 and not self._is_filled(node):
-                self._blocks[node], self._node_of[block] = block, node
+                if self._node_of[block] >= 0:
+                    self._dead.append(self._node_of[block])
+                self._blocks[node], self._node_of[block], self._state[block] = block, node, HELD
                 self.num_known += 1
                 if self._record:
                     hashes, ids = self._hashes, tuple(array("i", tokens))
@@ -154,52 +156,39 @@ class PrefixIndex:
 
         The last are to be evicted first.
         """
-        if not self.num_known:
-            return blocks
-        if len(blocks) < FEW:
-            for block in reversed(blocks):
-                if self._node_of[block] >= 0:
-                    self.idle.add_one(block)
-            return array("i", [block for block in blocks if self._node_of[block] < 0])
-        ids = np.frombuffer(blocks, np.int32)
-        nodes = self._nodes.take(ids)
-        known = len(ids)  # without those at the end that were not committed, if they are few
-        while known > len(ids) - FEW and self._node_of[blocks[known - 1]] < 0:
-            known -= 1
-        if UNKNOWN not in nodes[:known].tobytes():
-            self.idle.add(ids[:known][::-1])
-            return blocks[known:]
-        is_known = nodes >= 0
-        self.idle.add(ids[is_known][::-1])
-        return array("i", ids[~is_known].tobytes())
+        return self.idle.add(blocks) if self.num_known else blocks
 
     def evict(self, num_blocks: int) -> array:
         """Forgets blocks that were idle for longest; returns them, each sequence's in its order."""
         blocks = self.idle.take(num_blocks)
         self.evictions += num_blocks
-        self._forget(blocks)
-        return array("i", blocks[::-1].tobytes())
+        self._note_removed(blocks)
+        blocks.reverse()
+        return blocks
 
     def forget(self, block: int) -> None:
         """Makes a block unknown."""
-        self._forget(np.array([block], np.int32))
+        self._state[block] = UNKNOWN
+        self._note_removed([block])
+        self._dead.append(self._node_of[block])
         self._sweep(SWEEP)
 
     def forget_all(self) -> None:
         """Makes all blocks unknown; none is idle."""
+        known = self.known_blocks()
         self.idle.clear()
-        self._forget(np.flatnonzero(self._nodes >= 0).astype(np.int32))
+        self._states.fill(UNKNOWN)
+        self._note_removed(known)
+        self._dead.frombytes(self._nodes[self._nodes >= 0].tobytes())
+        self._nodes.fill(-1)
         while self._dead:
             self._sweep(len(self._dead))
 
-    def _forget(self, blocks: np.ndarray) -> None:
-        nodes = self._nodes.take(blocks)
-        if self._record:
-            for node, block in zip(nodes.tolist(), blocks.tolist(), strict=True):
-                self._record(BlockRemoved(self._hashes[node], block))
-        self._nodes.put(blocks, -1)
+    def _note_removed(self, blocks: Sequence[int]) -> None:
         self.num_known -= len(blocks)
-        self._dead.frombytes(nodes.tobytes())
+        if self._record:
+            for block in blocks:
+                self._record(BlockRemoved(self._hashes[self._node_of[block]], block))
 
     def stand(self, node: int) -> int:
         """Keeps a node, for a sequence that ends there."""
@@ -215,32 +204,37 @@ class PrefixIndex:
 
     def rename(self, new_id: dict[int, int]) -> None:
         """Blocks have moved: block b is at `new_id[b]`."""
-        old = np.flatnonzero(self._nodes >= 0)
-        nodes, new = self._nodes[old], [new_id.get(block, block) for block in old.tolist()]
-        self._nodes[old] = -1
-        self._nodes[new] = nodes
-        np.frombuffer(self._blocks, np.int32)[nodes] = new
         self.idle.rename(new_id)
+        old = self.known_blocks()
+        new = [new_id.get(block, block) for block in old]
+        nodes, states = self._nodes[old], self._states[old]
+        self._dead.frombytes(self._nodes[self._nodes >= 0].tobytes())  # what others were last
+        self._nodes.fill(-1)
+        self._states.fill(UNKNOWN)
+        self._nodes[new], self._states[new] = nodes, states
+        np.frombuffer(self._blocks, np.int32)[nodes] = new
 
     def is_sound(self, standing: Iterable[int]) -> bool:
         """Whether the tree agrees with itself and with the nodes that sequences stand on."""
-        nodes = self._find.values()
+        nodes, known = self._find.values(), self.known_blocks()
+        dead = {*self._dead, *np.delete(self._nodes, known).tolist()}
         uses = Counter(standing)
         uses.update(self._parents[node] for node in nodes if self._parents[node] >= 0)
         return (
             uses.keys() <= set(nodes)
             and all(self._find[self._keys[node]] == node for node in nodes)
             and all(self._uses[node] == uses[node] for node in nodes)
-            and all(self._is_filled(n) or uses[n] for n in set(nodes).difference(self._dead))
+            and all(self._is_filled(n) or uses[n] for n in set(nodes) - dead)
             and {self._blocks[node]: node for node in nodes if self._is_filled(node)}
-            == {block: self._node_of[block] for block in self.known_blocks()}
-            and self.num_known == len(self.known_blocks())
+            == {block: self._node_of[block] for block in known}
+            and self.num_known == len(known)
             and self.idle.is_sound()
             and sorted([*nodes, *self._unused]) == list(range(len(self._keys)))
         )
 
     def _is_filled(self, node: int) -> bool:
-        return self._node_of[self._blocks[node]] == node  # -1, too, names a block, of another node
+        block = self._blocks[node]  # -1, too, names a block, of another node or unknown
+        return self._node_of[block] == node and self._state[block] != UNKNOWN
 
     def _child(self, parent: int, tokens: bytes) -> int:
         """The node after `parent`, made where there is none."""

@@ -1,5 +1,7 @@
 """Blocks found by their tokens: tenants, eviction, events."""
 
+from array import array
+
 import numpy as np
 import pytest
 from allocators import allocator, cached
@@ -142,15 +144,18 @@ def test_a_prefix_without_blocks_of_its_own_is_stored_behind_a_window():
 def test_idle_blocks_go_in_the_order_in_which_they_came(monkeypatch):
     """Beside a plain list, with lapsed entries in between and lists that are cut and rewritten."""
     monkeypatch.setattr(idle_blocks, "LAPSED", 5)
-    rng, here, idle = np.random.default_rng(0), [], idle_blocks.IdleBlocks(30)
+    rng, here = np.random.default_rng(0), []
+    states = bytearray([idle_blocks.HELD]) * 30
+    idle = idle_blocks.IdleBlocks(states)
     for _ in range(2000):
         away = rng.permutation([block for block in range(30) if block not in here])
-        come = away[: rng.integers(0, 6)].astype(np.int32)
-        if len(come) == 1:
-            idle.add_one(int(come[0]))
-        else:
-            idle.add(come)
-        here += come.tolist()
+        come = away[: rng.integers(0, 20)].tolist()
+        for block in come:
+            states[block] = idle_blocks.HELD if rng.random() < 0.9 else idle_blocks.UNKNOWN
+        others = [block for block in come if states[block] == idle_blocks.UNKNOWN]
+        assert idle.add(array("i", come)).tolist() == others
+        come = [block for block in come if block not in others]
+        here += come[::-1]
         for block in rng.permutation(here)[: rng.integers(0, 4)].tolist():
             idle.remove(block)
             here.remove(block)
