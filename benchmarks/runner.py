@@ -76,6 +76,7 @@ class Program:
             num_query_heads=self.case.num_query_heads,
             query_start_loc=query_start_loc,
             implementation=self.implementation,
+            num_tokens=self.case.num_tokens,
             **options,
         )
 

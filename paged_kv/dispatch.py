@@ -29,12 +29,12 @@ class Backend(NamedTuple):
     platform: str  # as `lax.platform_dependent` names it
     package: str
     device: str  # for error texts
-    work: str | None = None  # the module whose `of_step` makes the backend's part of a schedule
+    work: str  # the module whose `of_step` makes the backend's part of a schedule
 
 
 BACKENDS = {
-    "mosaic_tpu": Backend("tpu", "paged_kv.kernels.tpu", "a TPU"),
-    "mosaic_gpu": Backend("cuda", "paged_kv.kernels.gpu", "an NVIDIA GPU", "worklist"),
+    "mosaic_tpu": Backend("tpu", "paged_kv.kernels.tpu", "a TPU", "step_work"),
+    "mosaic_gpu": Backend("cuda", "paged_kv.kernels.gpu", "an NVIDIA GPU", "step_work"),
 }
 
 
@@ -64,7 +64,7 @@ def with_work(
     work = {}
     for name, backend in BACKENDS.items():
         package = importlib.import_module(backend.package)
-        is_meant = implementation in (None, name) and backend.work is not None
+        is_meant = implementation in (None, name)
         if is_meant and package.unsupported_version() is None:
             module = importlib.import_module(f"{backend.package}.{backend.work}")
             made = module.of_step(cache, num_query_heads, schedule)

@@ -203,6 +203,7 @@ def make_schedule(
     local_window_size: int | tuple[int, int] | None = None,
     is_causal: bool = True,
     implementation: Implementation | None = None,
+    num_tokens: int | None = None,
 ) -> Schedule:
     """What the attention calls of one step share: make it once, after `advance`.
 
@@ -216,18 +217,24 @@ def make_schedule(
       query_start_loc, local_window_size, is_causal: as in `paged_attention`.
       implementation: the only one to prepare for, where one is named; others then do without what
         they would have shared.
+      num_tokens: packed query tokens of the calls, padding included: the first axis of their
+        queries, which must then be that long.  With it the work lists of a ragged batch are made
+        here; without it, in each of the calls.
 
     Raises:
-      ValueError: an argument does not fit the cache.
+      ValueError: an argument does not fit the cache, or the batch.
 
     Source: the plan of FlashInfer (Ye et al., 2025), made once per step and shared by all layers.
     """
     validate.implementation_name(implementation)
     shape = validate.cache_shape(cache)
     validate.query_heads(num_query_heads, shape.num_kv_heads)
-    validate.start_locations(cache, query_start_loc, None)
+    validate.schedule_tokens(cache, query_start_loc, num_tokens)
+    if num_tokens is not None:
+        validate_values.start_locations(cache, query_start_loc, num_tokens)
     variant = validate.variant(cache.head_dim, None, is_causal, local_window_size, None, False)
-    made_for = MadeFor.of(shape, num_query_heads, query_start_loc is not None, variant)
+    is_packed = query_start_loc is not None
+    made_for = MadeFor.of(shape, num_query_heads, is_packed, variant, num_tokens)
     with jax.named_scope("paged_kv.schedule"):
         schedule = schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
         return dispatch.with_work(implementation, shape, num_query_heads, schedule)
@@ -375,7 +382,7 @@ def _schedule_of(
 ) -> Schedule:
     """The caller's schedule, checked against this call, or one made for it."""
     shape, heads = problem.cache, problem.num_query_heads
-    made_for = MadeFor.of(shape, heads, problem.is_packed, problem.variant)
+    made_for = MadeFor.of(shape, heads, problem.is_packed, problem.variant, problem.num_tokens)
     if schedule is None:
         return schedules.make(made_for, cache.block_table, cache.seq_lengths, query_start_loc)
     validate.schedule_matches(schedule, made_for)

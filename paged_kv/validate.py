@@ -7,6 +7,7 @@ out, and nothing has been changed when it is raised.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -299,7 +300,16 @@ def implementation_name(implementation: Any, interpret: Any = None) -> str | Non
     return implementation
 
 
+def schedule_tokens(cache: "PagedKVCache", query_start_loc: Any, num_tokens: Any) -> None:
+    """num_tokens, which may be absent, and query_start_loc against the batch."""
+    if num_tokens is not None:
+        positive_ints({"num_tokens": num_tokens})
+    start_locations(cache, query_start_loc, num_tokens)
+
+
 def schedule_matches(schedule: Schedule, made_for: MadeFor) -> None:
+    if schedule.made_for.num_tokens is None:
+        made_for = replace(made_for, num_tokens=None)
     if schedule.made_for != made_for:
         theirs, ours = vars(schedule.made_for), vars(made_for)
         wrong = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}

@@ -94,6 +94,21 @@ ATTEND = [
         lambda: attend(cache=lambda: paged_kv.advance(cache(), 1), schedule=schedule()),
         r"made for .*seq_lengths.*\[5, 1\]",
     ),
+    Row(
+        "schedule of other tokens",
+        lambda: attend(
+            query_start_loc=int32([0, 1, 2]),
+            schedule=schedule(query_start_loc=int32([0, 1, 2]), num_tokens=3),
+        ),
+        r"made for another call.*num_tokens.*\(3, 2\)",
+    ),
+    Row("make_schedule no tokens", lambda: schedule(num_tokens=0), "num_tokens=0 must be a positi"),
+    Row("make_schedule tokens", lambda: schedule(num_tokens=3), "3 tokens for a batch of 2"),
+    Row(
+        "make_schedule ends past its tokens",
+        lambda: schedule(query_start_loc=int32([0, 1, 2]), num_tokens=1),
+        "must start at 0, never fall, and end within the 1 tokens",
+    ),
     Row("make_schedule heads", lambda: schedule(num_query_heads=3), "must be a multiple of num_kv"),
     Row("make_schedule window", lambda: schedule(local_window_size=-1), "local_window_size=-1"),
     Row("make_schedule name", lambda: schedule(implementation="tpu"), "implementation='tpu' must"),

@@ -153,6 +153,15 @@ def launches(compiled):
     return [i.name for i in entry if i.opcode not in NO_LAUNCH]
 
 
+def launches_per_layer(compiled):
+    """What a pass of a program's longest loop launches."""
+    program = parse(compiled)
+    instructions = [i for body in program.computations.values() for i in body.values()]
+    loops = [program.computations[i.attribute("body")] for i in instructions if i.opcode == "while"]
+    launches = ([i for i in body.values() if i.opcode not in NO_LAUNCH] for body in loops)
+    return max(launches, key=len)
+
+
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
     "ragged-all-to-all", "reduce-scatter",

@@ -58,7 +58,10 @@ def model_step(activations, query_start_loc, cache, implementation=None, interpr
     counts = 1 if query_start_loc is None else query_start_loc[1:] - query_start_loc[:-1]
     cache = paged_kv.advance(cache, counts)
     schedule = paged_kv.make_schedule(
-        cache, num_query_heads=activations.shape[1], query_start_loc=query_start_loc
+        cache,
+        num_query_heads=activations.shape[1],
+        query_start_loc=query_start_loc,
+        num_tokens=len(activations),
     )
 
     def layer_step(carry, layer):

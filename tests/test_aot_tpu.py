@@ -5,9 +5,13 @@ import itertools
 
 import aot_tpu
 import hlo
+import jax
+import jax.numpy as jnp
 import pytest
 import steps
 from pairwise import pairwise_rows
+
+import paged_kv
 
 pytestmark = pytest.mark.aot
 
@@ -138,6 +142,22 @@ def test_donated_step_over_a_stack_copies_no_pool_on_v6e(num_kv_heads, num_token
         assert_kernels(compiled)
     hlo.assert_updated_in_place(compiled, sizes.layer_elements)
     assert compiled.memory_analysis().temp_size_in_bytes < sizes.layer_elements // 4
+
+
+def test_a_layer_of_decode_makes_no_list():
+    """The kernel, the table's entries in the layer, and copies of the loop's own."""
+    sizes = dataclasses.replace(SIZES, num_kv_heads=8, head_dim=128)
+    query, _, cache = steps.arguments(sizes, sharding=aot_tpu.sharding("v6e"))
+
+    @jax.jit
+    def attend(query, cache):
+        schedule = paged_kv.make_schedule(cache, num_query_heads=query.shape[1])
+        layer = lambda x, i: (paged_kv.paged_attention(x, cache, layer=i, schedule=schedule), None)
+        return jax.lax.scan(layer, query, jnp.arange(cache.num_layers))[0]
+
+    compiled = attend.lower(query, cache).compile()
+    of_arrays = [i.name for i in hlo.launches_per_layer(compiled) if max(i.sizes) > 1]
+    assert len(of_arrays) <= 4, of_arrays
 
 
 @pytest.mark.parametrize(

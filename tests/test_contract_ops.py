@@ -264,7 +264,7 @@ def test_append_and_attend_takes_every_keyword_of_attention():
     assert_same_bits(with_defaults, plain)
 
 
-def test_make_schedule_keywords_and_defaults_are_the_contracts():
+def test_make_schedule_keywords_and_defaults_are_the_contracts_and_num_tokens():
     parameters = inspect.signature(paged_kv.make_schedule).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert keywords == {
@@ -273,4 +273,5 @@ def test_make_schedule_keywords_and_defaults_are_the_contracts():
         "local_window_size": None,
         "is_causal": True,
         "implementation": None,
+        "num_tokens": None,
     }

@@ -160,36 +160,44 @@ def test_a_missing_wait_shows(mutate):
         attend(one_problem([47, 20]))
 
 
-def decode_with_a_schedule(problem, **options):
-    """Made outside of the call; the list in it is for as many CTAs as the interpreter runs."""
-    options = {"implementation": "mosaic_gpu", **options}
-    heads = problem.query.shape[1]
+def attend_with_a_schedule(problem, mutate, makers):
+    """Made outside of the call, which makes no list: each of `makers` is called once."""
+    from paged_kv.kernels.gpu.plan import MAX_SIMULATED_CTAS
+
+    mutate("paged_kv.kernels.gpu.device.num_sms", lambda: MAX_SIMULATED_CTAS)
+    made, options = [], {"implementation": "mosaic_gpu"}
+    for module in makers:
+
+        def counted(*args, module=module, make=module.make):
+            made.append(module)
+            return make(*args)
+
+        mutate(module, "make", counted)
+    starts = problem.query_start_loc
+    if starts is not None:
+        options["query_start_loc"] = starts
 
     @jax.jit
     def run(query, cache):
-        schedule = paged_kv.make_schedule(cache, num_query_heads=heads)
-        assert set(schedule.work) == {"mosaic_gpu"}
+        schedule = paged_kv.make_schedule(
+            cache, num_query_heads=query.shape[1], num_tokens=len(query), **options
+        )
+        assert made == list(makers)
         return paged_kv.paged_attention(
             query, cache, schedule=schedule, return_residual=True, interpret=interpreter(),
             **options,
         )  # fmt: skip
 
-    return gpu_interpreter.run(run, problem.query, problem.cache)
+    result = gpu_interpreter.run(run, problem.query, problem.cache)
+    assert made == list(makers)
+    return result
 
 
 def test_decode_takes_the_list_of_a_schedule(mutate):
-    mutate("paged_kv.kernels.gpu.device.num_sms", lambda: 4)
     problem = one_problem([90, 0, 33], num_kv_heads=2)
     expected = attend(problem)
-    made, make = [], worklist.make
-
-    def counted(*args):
-        made.append(make(*args))
-        return made[-1]
-
-    mutate("paged_kv.kernels.gpu.worklist.make", counted)
-    jax.tree.map(np.testing.assert_array_equal, decode_with_a_schedule(problem), expected)
-    assert len(made) == 1
+    actual = attend_with_a_schedule(problem, mutate, [worklist])
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_long_sequence_is_cut_for_all_ctas_and_joined():

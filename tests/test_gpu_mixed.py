@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from gpu_interpreter import NEEDS_JAX
 from kernel_checks import assert_matches_oracle
-from test_gpu_attention import attend, one_problem
+from test_gpu_attention import attend_with_a_schedule, one_problem
 
 import paged_kv
 from paged_kv.kernels.core import schedule
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import prefill_list, prefill_plan
+from paged_kv.kernels.gpu import prefill_list, prefill_plan, worklist
 from paged_kv.kernels.gpu.prefill_list import Item
 
 CACHE = CacheShape(1, 64, 16, 2, 128, "bfloat16", 4, 32)
@@ -79,7 +79,8 @@ def test_prefill_has_no_tiles_of_sequences_apart():
 @NEEDS_JAX
 @TIME_LIMIT
 @pytest.mark.usefixtures("quick_compiles")
-def test_a_mixed_batch():
+def test_a_mixed_batch_takes_the_lists_of_its_schedule(mutate):
     """One token alone, none, a chunk, and padding."""
     problem = one_problem([40, 150], [1, 129], block_size=32)
-    assert_matches_oracle(problem, attend(problem))
+    makers = [worklist, prefill_list]
+    assert_matches_oracle(problem, attend_with_a_schedule(problem, mutate, makers))

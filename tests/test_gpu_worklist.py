@@ -1,7 +1,6 @@
 """The work list of GPU decode: every tile once, in equal shares, each piece in its own place."""
 
 import functools
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -110,31 +109,6 @@ def test_edge_tiles_are_those_with_tokens_that_are_not_there(cache):
     for length, row in zip(lengths, np.asarray(work.stretches), strict=True):
         stretch = Stretch(*row.tolist())
         assert stretch.full_stop == int(keys.whole_before(np.int32(length)))
-
-
-def test_a_schedule_carries_the_list_for_its_line_only():
-    cache = CACHES[0]
-    line = decode_plan.Line.of(cache)
-
-    @jax.jit
-    def traced(lengths):
-        made_for = schedule.MadeFor.of(cache, 8, False, VARIANTS[0])
-        step = schedule.make(made_for, jnp.zeros((24, 512), jnp.int32), lengths, None)
-        given = worklist.of_step(cache, 8, step)
-        step = replace(step, work={"mosaic_gpu": given})
-        assert worklist.for_line(line, VARIANTS[0], step) is given
-        other = decode_plan.Line(line.keys, 4)
-        assert worklist.for_line(other, VARIANTS[0], step).shares.shape[0] == 4
-        assert worklist.for_line(line, VARIANTS[1], step) is not given
-        return step
-
-    assert set(traced(jnp.full((24,), 50, jnp.int32)).work) == {"mosaic_gpu"}
-
-
-def test_a_step_of_another_kernel_has_no_list():
-    packed = schedule.MadeFor.of(CACHES[0], 8, True, VARIANTS[0])
-    step = schedule.Schedule(jnp.zeros((24,), jnp.int32), jnp.zeros((25,), jnp.int32), packed)
-    assert worklist.of_step(CACHES[0], 8, step) is None
 
 
 def test_where_a_condition_fails_there_is_nothing_to_do():

@@ -88,6 +88,7 @@ def forward(
         num_query_heads=config.num_query_heads,
         query_start_loc=query_start_loc,
         implementation=implementation,
+        num_tokens=len(tokens),
     )
     positions, last = _positions(cache.seq_lengths, query_start_loc, tokens.shape[0])
     angles = positions[:, None].astype(jnp.float32) * weights.inverse_frequencies[None]

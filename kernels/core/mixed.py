@@ -34,9 +34,9 @@ def split(arrays: AttentionArrays) -> tuple[AttentionArrays, AttentionArrays]:
 def split_schedule(schedule: Schedule) -> tuple[Schedule, Schedule]:
     """The schedule of the single tokens, and that of the other sequences."""
     is_single = schedule.query_lengths == 1
-    made_for = replace(schedule.made_for, is_packed=False)
+    made_for = replace(schedule.made_for, is_packed=False, num_tokens=None)
     lengths = jnp.where(is_single, schedule.seq_lengths, 0)
-    singles = Schedule(lengths, None, made_for)
+    singles = Schedule(lengths, None, made_for, schedule.work)
     return singles, replace(schedule, is_apart=is_single)
 
 

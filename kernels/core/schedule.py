@@ -33,10 +33,16 @@ class MadeFor:
     is_packed: bool
     is_causal: bool
     window: tuple[int, int] | None
+    num_tokens: int | None = None  # of a packed batch, padding included; None: any number
 
     @classmethod
     def of(
-        cls, cache: CacheShape, num_query_heads: int, is_packed: bool, variant: Variant
+        cls,
+        cache: CacheShape,
+        num_query_heads: int,
+        is_packed: bool,
+        variant: Variant,
+        num_tokens: int | None = None,
     ) -> "MadeFor":
         return cls(
             cache.batch,
@@ -47,6 +53,7 @@ class MadeFor:
             is_packed,
             variant.is_causal,
             variant.window,
+            num_tokens if is_packed else None,
         )
 
 

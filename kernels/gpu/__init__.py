@@ -7,6 +7,7 @@ worklist     which CTA has which tiles at decode, made once per step; no Pallas 
 blocks       copies of cache blocks, matrix products, what is simulated and how
 append       writes new tokens into the pools, in place
 attention    picks kernels; tiles of query rows for the ragged one
+step_work    lists made once per step, for all layers; no Pallas import
 mixed        single query tokens of a packed batch to decode, the others to prefill
 tile         one tile of keys and values: scores, softmax, product
 decode       the kernel of one token per sequence, KV cut into equal shares

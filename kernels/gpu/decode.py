@@ -25,7 +25,7 @@ from jax import lax
 from ..core import softmax
 from ..core.arrays import AttentionArrays, NewTokens
 from ..core.problem import Problem
-from . import blocks, combine, decode_append, tile, worklist
+from . import blocks, combine, decode_append, step_work, tile, worklist
 from .blocks import Ring, divide, pl, plgpu
 from .decode_plan import DecodePlan, partial_width, result_name, scratch
 from .plan import WARPGROUP_ROWS
@@ -138,7 +138,7 @@ def attend(
     interpret: None, or the interpreter's parameters.
     """
     cache, heads = problem.cache, problem.num_query_heads
-    work = worklist.for_line(plan.line, problem.variant, arrays.schedule)
+    work = step_work.decode_list(plan.line, problem.variant, arrays.schedule)
     pool_rows = (cache.num_layers * cache.num_blocks, cache.rows_per_block, cache.head_dim)
     padding = plan.rows - heads
     query = jnp.pad(arrays.query.astype(cache.dtype), ((0, 0), (0, padding), (0, 0)))

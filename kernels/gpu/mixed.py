@@ -22,9 +22,14 @@ Attend = Callable[[Problem, AttentionArrays], tuple[Array, Array]]
 
 def single_tokens(problem: Problem) -> Problem | None:
     """The problem of the sequences with one query token; None if there is little to gain."""
-    if problem.num_tokens >= MANY_TOKENS * problem.cache.batch:
+    if not is_worthwhile(problem.cache.batch, problem.num_tokens):
         return None
     return mixed.single_tokens(problem)
+
+
+def is_worthwhile(batch: int, num_tokens: int) -> bool:
+    """Whether single tokens of a packed batch are taken apart."""
+    return batch > 1 and num_tokens < MANY_TOKENS * batch
 
 
 def attend(

@@ -23,7 +23,7 @@ from jax import lax
 from ..core import softmax
 from ..core.arrays import AttentionArrays
 from ..core.problem import Problem
-from . import blocks, prefill_list, prefill_step
+from . import blocks, prefill_step, step_work
 from .blocks import divide, pl, plgpu
 from .plan import WARPGROUP_ROWS
 from .prefill_copies import produce
@@ -45,7 +45,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
     cache = problem.cache
-    work = prefill_list.for_cut(plan.cut, problem.variant, arrays.schedule)
+    work = step_work.prefill_tiles(plan.cut, problem.variant, arrays.schedule)
     pool = (cache.num_layers * cache.num_blocks, *cache.pool_shape[2:])
     query, slopes = arrays.query, arrays.alibi_slopes
     if slopes is None:

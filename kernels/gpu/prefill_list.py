@@ -71,6 +71,11 @@ class MadeFor:
     cut: Cut
     is_causal: bool
     window: tuple[int, int] | None
+    is_mixed: bool  # single tokens are taken elsewhere
+
+    @classmethod
+    def of(cls, cut: Cut, variant: Variant, schedule: Schedule) -> "MadeFor":
+        return cls(cut, variant.is_causal, variant.window, schedule.is_apart is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -89,15 +94,6 @@ class TileList:
         """Where the condition is false, every row is one of a sequence without tokens."""
         empty = Item(*self.items.T).without_keys(self.made_for.cut.keys.rows)
         return replace(self, items=jnp.where(condition, self.items, jnp.stack(empty, axis=1)))
-
-
-def for_cut(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
-    """The schedule's list if it is for this cut, or one made now."""
-    given = schedule.work.get("mosaic_gpu")
-    wanted = MadeFor(cut, variant.is_causal, variant.window)
-    if isinstance(given, TileList) and given.made_for == wanted:
-        return given
-    return make(cut, variant, schedule)
 
 
 def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
@@ -150,7 +146,7 @@ def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
     return TileList(
         items=jnp.stack(item, axis=1)[order],
         num_items=ends[-1:],
-        made_for=MadeFor(cut, variant.is_causal, variant.window),
+        made_for=MadeFor.of(cut, variant, schedule),
     )
 
 

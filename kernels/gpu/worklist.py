@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..core.problem import CacheShape
 from ..core.schedule import Schedule, tile_queries
 from ..core.variant import Variant
-from .decode_plan import MIN_SHARE, Line, is_supported
+from .decode_plan import MIN_SHARE, Line
 from .plan import divide, work_list
 
 
@@ -148,23 +147,6 @@ def _parts(stretch: Stretch, share: Share, stretches: list[Stretch]) -> list[Par
         sequence = stretch.next
         stretch = stretches[sequence]
     return parts
-
-
-def of_step(cache: CacheShape, num_query_heads: int, schedule: Schedule) -> WorkList | None:
-    """What every decode call over such a cache needs; None where the kernel is another."""
-    made_for = schedule.made_for
-    if made_for.is_packed or not is_supported(cache, num_query_heads):
-        return None
-    return make(Line.of(cache), Variant(1.0, made_for.is_causal, made_for.window), schedule)
-
-
-def for_line(line: Line, variant: Variant, schedule: Schedule) -> WorkList:
-    """The schedule's list if it is for this line, or one made now."""
-    given = schedule.work.get("mosaic_gpu")
-    wanted = MadeFor(line, variant.is_causal, variant.window)
-    if isinstance(given, WorkList) and given.made_for == wanted:
-        return given
-    return make(line, variant, schedule)
 
 
 def make(line: Line, variant: Variant, schedule: Schedule) -> WorkList:

@@ -8,6 +8,7 @@ mixed      a batch in two: sequences with one query token, and the others
 decode     single query tokens: pipeline (the skewed step), decode_copies, decode_plan, worklist
 prefill    many query tokens: prefill_step (the skewed items), prefill_prepare (relayout of a tile),
            prefill_visits (the order of tiles), prefill_plan
+step_work  what is made once per step, for all layers
 device     the chip that a program is traced for
 """
 

@@ -22,7 +22,7 @@ from ..core.arrays import AttentionArrays, NewTokens
 from ..core.layout import result
 from ..core.problem import Problem
 from . import decode_plan as plans
-from . import one_step, pipeline, worklist
+from . import one_step, pipeline, step_work
 from .blocks import COMPILER_PARAMS, allocate, interpreter
 from .decode_append import KEYS, VALUES, Slots, TokenWriter, in_units
 from .decode_copies import Copies, Stream, clear_pads, sliced_table
@@ -71,8 +71,8 @@ def _attend(
     """out and lse, and views of the pools if there are new tokens."""
     query, key_pool, value_pool, block_table, schedule, alibi_slopes, layer = arrays
     num_heads = problem.num_query_heads
-    table, start, stop = _seen_part(problem, block_table, schedule.seq_lengths)
-    scalars = [*worklist.of_batch(plan, start, stop), *(new[0] if new else ())]
+    rows = step_work.decode_rows(problem, plan, schedule)
+    scalars = [*rows, *(new[0] if new else ())]
     pad = plan.num_heads - num_heads
     inputs = [jnp.pad(query.astype(jnp.bfloat16), ((0, 0), (0, pad), (0, 0)))]
     if alibi_slopes is not None:
@@ -81,23 +81,21 @@ def _attend(
     if new:
         inputs.append(new[1])
     pools = [x.reshape(-1, plans.UNIT_ROWS, plan.head_dim) for x in (key_pool, value_pool)]
+    table = _seen_columns(problem, block_table, schedule.seq_lengths)
     table = sliced_table(plan, table, layer * problem.cache.num_blocks)
     call = _make_call(problem, plan, query, pools, interpret)
     out, lse, *pools = call(*scalars, *inputs, table, *pools)
     return [out[:, :num_heads].astype(query.dtype), lse[:, :num_heads], *pools]
 
 
-def _seen_part(problem: Problem, table: Array, lengths: Array) -> tuple[Array, Array, Array]:
-    """The columns of the table that a query sees, and which keys it sees, counted from there."""
-    variant, size = problem.variant, problem.cache.block_size
-    start, stop = variant.kv_range(lengths - 1, lengths - 1, lengths)
+def _seen_columns(problem: Problem, table: Array, lengths: Array) -> Array:
+    """The columns of the table that a query sees."""
     columns = plans.table_columns(problem)
-    if columns < table.shape[1]:
-        first = start // size
-        column = first[:, None] + jnp.arange(columns, dtype=jnp.int32)[None, :]
-        table = jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
-        start, stop = start - first * size, stop - first * size
-    return table, start, stop
+    if columns == table.shape[1]:
+        return table
+    first = plans.first_column(problem, lengths)
+    column = first[:, None] + jnp.arange(columns, dtype=jnp.int32)[None, :]
+    return jnp.take_along_axis(table, jnp.minimum(column, table.shape[1] - 1), axis=1)
 
 
 def _make_call(

@@ -10,6 +10,7 @@ No Pallas import.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.problem import Problem
 from .plan import LANES, TABLE_WINDOW, Buffer, round_up, vmem_bytes
@@ -126,6 +127,21 @@ def table_columns(problem: Problem) -> int:
     if left is None:
         return cache.max_blocks_per_seq
     return min(cache.max_blocks_per_seq, (left + 2 * cache.block_size - 1) // cache.block_size)
+
+
+def first_column(problem: Problem, lengths: Any) -> Any:
+    """Of those blocks, which may be fewer than the table's columns."""
+    start, _ = problem.variant.kv_range(lengths - 1, lengths - 1, lengths)
+    return start // problem.cache.block_size
+
+
+def seen(problem: Problem, lengths: Any) -> tuple[Any, Any]:
+    """Keys [start, stop) that each sequence's last token sees, counted from the first column."""
+    start, stop = problem.variant.kv_range(lengths - 1, lengths - 1, lengths)
+    if table_columns(problem) == problem.cache.max_blocks_per_seq:
+        return start, stop
+    before = first_column(problem, lengths) * problem.cache.block_size
+    return start - before, stop - before
 
 
 def plan_decode(problem: Problem, vmem: int, *, appends: bool = False) -> DecodePlan | None:

@@ -31,6 +31,11 @@ class DecodeRows(NamedTuple):
     num_rows: Array  # (programs,): rows with keys
     num_items: Array  # (programs,): tiles of all of them
 
+    def only_if(self, condition: Array) -> "DecodeRows":
+        """The rows, or, where the condition is false, none with keys."""
+        none = lambda x: jnp.where(condition, x, 0)
+        return self._replace(num_rows=none(self.num_rows), num_items=none(self.num_items))
+
 
 def of_batch(plan: DecodePlan, start: Array, stop: Array) -> DecodeRows:
     """One row per sequence, in the order of the batch."""

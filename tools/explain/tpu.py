@@ -74,12 +74,8 @@ def _mixed(case: Case) -> tuple[Case, Case]:
 
 
 def _decode(case: Case, problem: Problem, cut: decode_plan.DecodePlan, vmem: int) -> Explained:
-    lengths, size = np.asarray(case.seq_lengths, np.int32), case.block_size
-    start, stop = problem.variant.kv_range(lengths - 1, lengths - 1, lengths)
-    if decode_plan.table_columns(problem) < problem.cache.max_blocks_per_seq:
-        first = start // size * size  # the table begins where the window does
-        start, stop = start - first, stop - first
-    todo = worklist.of_batch(cut, start, stop)
+    lengths = np.asarray(case.seq_lengths, np.int32)
+    todo = worklist.of_batch(cut, *decode_plan.seen(problem, lengths))
     workers, tokens = [], cut.tile_tokens
     for program in range(cut.num_programs):
         at = program * cut.rows_per_program
