@@ -33,20 +33,18 @@ def attend(
     """
     interpret = blocks.interpreter(interpret)
     is_simulated = interpret is not None
-    # Prefill has code for single warps, to which JAX gives no array that varies in a shard_map.
-    is_varying = bool(jax.typeof(arrays.query).manual_axis_type.varying)
 
     def run(problem: Problem, arrays: AttentionArrays) -> tuple[jax.Array, jax.Array]:
         if (plan := decode_plans.plan_of(problem, is_simulated=is_simulated)) is not None:
             out, lse = decode.attend(problem, plan, arrays, interpret=interpret)
             return out, lse
         plan = prefill_plans.plan_of(problem, is_simulated=is_simulated)
-        if plan is not None and not is_varying:
+        if plan is not None:
             return prefill.attend(problem, plan, arrays, interpret=interpret)
         return _attend_ragged(problem, arrays, interpret=interpret)
 
     singles = singles_of(problem)
-    if singles is None or is_varying:
+    if singles is None:
         return run(problem, arrays)
     return mixed.attend(problem, singles, run, arrays)
 

@@ -60,7 +60,7 @@ def attend(
         layer=arrays.layer.reshape(1),
         slopes=slopes.astype(jnp.float32),
     )
-    outputs = Outputs(*_call(problem, plan, interpret)(*inputs))
+    outputs = Outputs(*blocks.run_locally(_call(problem, plan, interpret), *inputs))
     return outputs.out[: problem.num_tokens], outputs.lse[:, : problem.num_tokens].T
 
 
