@@ -11,6 +11,8 @@ some of them):
   - atomics, semaphores, predicated copies and inline code do not run
   - a TMA copy outside an array fills zeros, as on the device: a wrong block id does not raise
   - barrier phases left unawaited at the end of a kernel: reported by JAX 0.11, not by 0.12
+  - two views of one buffer (RefUnion) that warpgroups have parts of each: taken for a race, so
+    such a kernel runs with one view here
   - shared memory that does not fit, alignment, bank conflicts, spills, time
 
 Tests that use it need jax >= 0.11.2, and a limit on their time: a barrier that is never completed

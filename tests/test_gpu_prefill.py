@@ -83,7 +83,7 @@ def test_values_past_the_end_show_where_they_are_not_cleared(mutate):
 def test_a_slot_released_too_early_shows(mutate):
     gpu_interpreter.release_early(mutate)
     with pytest.raises(Exception, match=r"(?i)race"):
-        attend(one_problem([400], [64], block_size=64))
+        attend(one_problem([400], [64], block_size=64, head_dim=128))
 
 
 def test_consumers_that_do_not_meet_after_clearing_values_show(mutate):

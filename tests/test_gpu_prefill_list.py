@@ -55,7 +55,10 @@ def test_list_holds_every_row_once_with_the_tiles_it_sees(variant, group):
     for lengths, counts in batches():
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         made = lists(cut, variant, jnp.asarray(lengths, jnp.int32), starts)
-        items = [Item(*row) for row in np.asarray(made.items)[: int(made.num_items[0])].tolist()]
+        items = [Item(*row) for row in np.asarray(made.items).tolist()]
+        items, unused = items[: int(made.num_items[0])], items[int(made.num_items[0]) :]
+        assert unused, "the kernel ends at an item without visits"
+        assert all(item.num_visits == item.tile_stop == 0 for item in unused)
         rows = [row for item in items for row in range(*rows_of(item))]
         assert sorted(rows) == list(range(NUM_TOKENS))  # the padding too
         visits = [item.num_visits for item in items]
@@ -102,6 +105,7 @@ def test_a_list_without_tokens_still_names_every_row():
     assert not np.asarray(after.seq_length).any()
     assert (after.block_stop == after.block_start).all()
     assert (after.edge_visits == after.num_visits).all()
+    np.testing.assert_array_equal(after.num_visits, np.minimum(before.num_visits, 1))
 
 
 @pytest.mark.parametrize("head_dim", plan.HEAD_DIMS)
@@ -114,6 +118,14 @@ def test_every_plan_fits_shared_memory(head_dim, has_alibi):
         assert made.is_wide == (head_dim > prefill_plan.MAX_NARROW)
         assert made.value_stages > 1 or not made.is_wide
         assert plan.smem_bytes(prefill_plan.scratch(asked, made)) <= plan.SMEM_BYTES
+
+
+def test_values_have_a_third_slot_where_two_leave_room():
+    """They are in use until the second product is done, keys until the first one is."""
+    made = prefill_plan.plan_of(problem())
+    assert (made.key_stages, made.value_stages) == (2, 3)
+    made = prefill_plan.plan_of(problem(replace(CACHE, head_dim=64)))
+    assert (made.key_stages, made.value_stages) == (4, 4)
 
 
 @pytest.mark.parametrize(

@@ -103,25 +103,31 @@ def _body(*refs: Any, problem: Problem, plan: PrefillPlan, is_simulated: bool, *
     lax.cond(warpgroup == CONSUMERS, copies, computes)
 
 
-def _consume(cta: Cta, consumer: Any) -> None:
+def _consume(cta: Cta, warpgroup: Any) -> None:
     """Attends with this warpgroup's rows of every item."""
 
-    def visit(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        index, steps = carry
+    def visit(carry: tuple[Any, Any, Work]) -> tuple[Any, Any, Work]:
+        index, steps, work = carry
+        # what follows from it is computed again: kept over all items, it would take registers
+        consumer = lax.optimization_barrier(warpgroup)
         plgpu.barrier_wait(cta.query_full(consumer))
-        state = prefill_step.attend(cta, consumer, index, steps)
-        # read again: what a result needs would take registers all the while
-        work = cta.work(index)
+        keys = prefill_step.attend(cta, consumer, index, work, steps)
+        # read as the tensor core has the last product: kept through the loop over the keys, what a
+        # result needs would take its registers
+        work, following = cta.work(index), cta.work(index + 1)
+        steps = steps + work.item.num_visits
+        state = prefill_step.finish(cta, steps - 1, work.item, keys)
         _store(cta, consumer, work, softmax.finish(blocks.ROWS, state))
-        return index + 1, steps + work.item.num_visits
+        return index + 1, steps, following
 
-    first = jnp.int32(0), jnp.int32(0)
+    first = jnp.int32(0), jnp.int32(0), cta.work(jnp.int32(0))
+    has_visits = lambda carry: carry[2].item.num_visits > 0
 
-    @pl.when(cta.has(first[0]))
+    @pl.when(has_visits(first))
     def _():
-        prefill_step.take_first_turn(cta, consumer)
-        lax.while_loop(lambda carry: cta.has(carry[0]), visit, first)
-        prefill_step.take_last_turn(cta, consumer)
+        prefill_step.take_first_turn(cta, warpgroup)
+        lax.while_loop(has_visits, visit, first)
+        prefill_step.take_last_turn(cta, warpgroup)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -131,8 +137,9 @@ def _store(cta: Cta, consumer: Any, work: Work, result: tuple[Any, Any]) -> None
     out, lse = result
     outputs, columns = cta.outputs, cta.plan.out_columns
     strips = cta.problem.cache.head_dim // columns
-    names = "out_smem" if cta.plan.has_swizzled_out else "part_smem", "part_smem", "lse_smem"
-    whole_smem, part_smem, lse_smem = (cta.smem[name].at[consumer] for name in names)
+    views = cta.smem["out_smem"]  # of whole tiles, and of some rows of one
+    views = views if cta.plan.has_swizzled_out else (views, views)
+    whole_smem, part_smem, lse_smem = (x.at[consumer] for x in (*views, cta.smem["lse_smem"]))
     head, offset = cta.rows_of(consumer, work)
     start = jnp.clip(work.item.row_start - offset, 0, WARPGROUP_ROWS)
     stop = jnp.clip(work.item.row_stop - offset, 0, WARPGROUP_ROWS)

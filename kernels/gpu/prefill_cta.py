@@ -83,21 +83,18 @@ class Cta(NamedTuple):
         plgpu.barrier_arrive(place(CONSUMERS - 1 - consumer))
         plgpu.barrier_wait(place(consumer))
 
-    def has(self, index: Any) -> Any:
-        """Whether this CTA has an item of that index: one of each round, in snake order, so that
-        the longest of one round is followed by the shortest of the next."""
-        return self._place(index) < self._total
-
     @property
     def num_items(self) -> Any:
-        """The number of this CTA's items."""
-        rounds = lax.div(self._total, jnp.int32(self.plan.num_ctas))
-        return rounds + self.has(rounds).astype(jnp.int32)
+        """The number of this CTA's items: one of each round, in snake order, so that the longest of
+        one round is followed by the shortest of the next."""
+        total = self.inputs.num_items[0] * self.plan.parts
+        rounds = lax.div(total, jnp.int32(self.plan.num_ctas))
+        return rounds + (self._place(rounds) < total).astype(jnp.int32)
 
     def work(self, index: Any) -> Work:
-        """Item `index` of this CTA; some item where there are fewer."""
-        place = self._place(index)
-        place = jnp.where(place < self._total, place, 0)
+        """Item `index` of this CTA; one without visits where there are fewer."""
+        last = self.inputs.items.shape[0] * self.plan.parts - 1
+        place = jnp.minimum(self._place(index), last)
         row, part = divide(place, self.plan.parts), remainder(place, self.plan.parts)
         item = Item(*(self.inputs.items[row, i] for i in range(len(Item._fields))))
         if self.problem.variant.left is None:
@@ -109,10 +106,6 @@ class Cta(NamedTuple):
         if self.plan.heads_per_item == 1:
             return work.first_head, consumer * WARPGROUP_ROWS
         return work.first_head + consumer, jnp.int32(0)
-
-    @property
-    def _total(self) -> Any:
-        return self.inputs.num_items[0] * self.plan.parts
 
     def _place(self, index: Any) -> Any:
         """Where item `index` of this CTA is among all."""

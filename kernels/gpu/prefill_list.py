@@ -9,6 +9,7 @@ sequence is one more sequence without keys: every row of the result is written, 
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from .prefill_plan import ROW_GROUP, Cut
 class Item(NamedTuple):
     """A query tile, and its keys in tiles and blocks; at least one tile, which may have none.
 
-    Tiles are visited from the last one down.
+    Tiles are visited from the last one down.  A row of the list that is not used has no visits.
     """
 
     sequence: Any  # row of the table
@@ -51,13 +52,13 @@ class Item(NamedTuple):
 
     def without_keys(self, rows: int) -> "Item":
         """The same rows, of a sequence that has no tokens."""
-        none = self.seq_length * 0
+        none, one = self.seq_length * 0, jnp.minimum(self.num_visits, 1)
         return self._replace(
             seq_length=none,
-            tile_stop=none + 1,
-            edge_visits=none + 1,
-            full_visits=none + 1,
-            num_visits=none + 1,
+            tile_stop=one,
+            edge_visits=one,
+            full_visits=one,
+            num_visits=one,
             block_start=none,
             block_stop=none,
             valid_rows=none + rows,
@@ -82,8 +83,8 @@ class MadeFor:
 @dataclass(frozen=True, eq=False)
 class TileList:
     """Attributes:
-    items: int32 (num_tiles, fields of an Item).
-    num_items: int32 (1,), the first ones that are used.
+    items: int32 (num_tiles + 1, fields of an Item).
+    num_items: int32 (1,), the first ones that are used; the last one never is.
     """
 
     items: Array
@@ -108,7 +109,8 @@ def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
     counts = jnp.where(stops > starts, -(-(stops - bases) // cut.tile_tokens), 0)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
 
-    tile = jnp.arange(cut.num_tiles(batch), dtype=jnp.int32)
+    tile = jnp.arange(cut.num_tiles(batch) + 1, dtype=jnp.int32)
+    is_used = tile < ends[-1]
     sequence = jnp.sum(ends[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)
     sequence = jnp.minimum(sequence, batch)
     index = tile - (ends - counts)[sequence]
@@ -122,7 +124,7 @@ def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
     met = work_list(
         QueryTiles(sequence, base + start, stop - start, first, length, *seen), variant, cut.keys
     )
-    visits = jnp.maximum(met.num_visits, 1)
+    visits = jnp.where(is_used, jnp.maximum(met.num_visits, 1), 0)
     tile_stop = met.tile_start + visits
     valid_rows = _valid_rows(cut, length, tile_stop - 1)
     edge_visits = jnp.maximum(tile_stop - met.full_stop, 1)
@@ -141,8 +143,9 @@ def make(cut: Cut, variant: Variant, schedule: Schedule) -> TileList:
         block_stop=jnp.maximum(met.block_stop, met.block_start),
         valid_rows=valid_rows,
     )
-    is_used = tile < ends[-1]
-    order = jnp.argsort(jnp.where(is_used, -visits, 1), stable=True)
+    unused = item.without_keys(cut.keys.rows)
+    item = jax.tree.map(partial(jnp.where, is_used), item, unused)
+    order = jnp.argsort(-visits, stable=True)
     return TileList(
         items=jnp.stack(item, axis=1)[order],
         num_items=ends[-1:],

@@ -22,13 +22,16 @@ from .plan import (
 CONSUMERS = 2  # warpgroups, each with WARPGROUP_ROWS query rows of one head
 ROW_GROUP = 8  # rows that a swizzled copy moves at once: query tiles start at a multiple
 KEY_ROWS, FEW_KEY_ROWS = 128, 64  # of a tile; few where registers would not hold more scores
-RING_ROWS = 256  # of keys in flight; as many of values
+# Slots of keys and of values, the most that fit.  One of values is in use for longer than one of
+# keys, so an odd one is theirs; needed a step after their keys, they do with one where two do not
+# fit.
+STAGES = ((4, 4), (3, 4), (3, 3), (2, 3), (2, 2), (2, 1))
 # Query tokens per sequence on average: fewer leave most rows of a tile empty.  The other kernel
 # multiplies with the keys of all kv heads at once, so the fewer those are the sooner it does less.
 MIN_TOKENS, MAX_MIN_TOKENS, MIN_TOKENS_TIMES_HEADS = 16, 64, 128
 MAX_IDS, MAX_WIDE_IDS = 4, 2  # block ids that a copying warp reads ahead, of few registers
-# A wider head is accumulated in up to 128 registers per thread.  Keys and values of 64 tokens then
-# have two slots each, results leave in strips, and the consumers take what copies can do without.
+# A wider head is accumulated in up to 128 registers per thread.  Tiles are of 64 tokens then, so
+# that two fit, results leave in strips, and the consumers take what copies can do without.
 MAX_NARROW = 128
 OUT_COLUMNS = (256, 192, 128, 64)  # of a strip
 # See plan.py: what all warpgroups hold must not pass what the launch gave.
@@ -66,7 +69,7 @@ class PrefillPlan:
     value_stages: int
     copy_warps: int  # that bring keys; as many others bring values
     has_maskless_loop: bool  # a loop without masks, for tiles that every row sees whole
-    has_swizzled_out: bool  # whole tiles have a buffer of their own, without bank conflicts
+    has_swizzled_out: bool  # whole tiles leave a view of the buffer without bank conflicts
     is_wide: bool  # the accumulator leaves few registers, and the tiles little shared memory
     out_columns: int  # of a result that leave at once; all of them unless it is wide
     num_ctas: int
@@ -144,9 +147,6 @@ def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | No
     heads = _heads_per_item(problem.group)
     parts = problem.num_query_heads // heads
     limit = MAX_SIMULATED_CTAS if is_simulated else device.num_sms()
-    most = RING_ROWS // cut.keys.rows
-    # values are needed a step after their keys, so one slot does where two do not fit
-    stages = [(n, n) for n in range(most, 1, -1)] + [(2, 1)]
     candidates = (
         PrefillPlan(
             cut=cut,
@@ -157,13 +157,13 @@ def plan_of(problem: Problem, *, is_simulated: bool = False) -> PrefillPlan | No
             copy_warps=gcd(2, cut.keys.blocks_per_tile),
             # beside the scores of ALiBi it spills registers
             has_maskless_loop=not problem.variant.has_alibi,
-            has_swizzled_out=has_swizzled_out,
+            # the interpreter takes two views of a buffer for one place that warpgroups fight for
+            has_swizzled_out=not is_simulated,
             is_wide=is_wide,
             out_columns=out_columns,
             num_ctas=min(parts * cut.num_tiles(problem.cache.batch), limit),
         )
-        for key_stages, value_stages in stages
-        for has_swizzled_out in (True, False)
+        for key_stages, value_stages in STAGES
         for out_columns in columns
     )
     return next((p for p in candidates if smem_bytes(scratch(problem, p)) <= SMEM_BYTES), None)
@@ -176,13 +176,13 @@ def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | B
     swizzled = lambda shape, dtype: Buffer(shape, dtype, swizzle_bytes(shape[-1], dtype))
     tiles = lambda stages: swizzled((stages, plan.keys.rows, head_dim), dtype)
     stages = plan.key_stages + plan.value_stages
-    copies = plan.keys.blocks_per_tile
-    out = (*rows, plan.out_columns)
-    parts = {
+    copies, out = plan.keys.blocks_per_tile, (*rows, plan.out_columns)
+    plain = Buffer(out, out_dtype)
+    return {
         "query_smem": swizzled((*rows, head_dim), dtype),
         "key_smem": tiles(plan.key_stages),
         "value_smem": tiles(plan.value_stages),
-        "part_smem": Buffer(out, out_dtype),
+        "out_smem": Union(swizzled(out, out_dtype), plain) if plan.has_swizzled_out else plain,
         "lse_smem": Buffer(rows, "float32"),
         # of the keys, then of the values; fewer arrays of barriers take fewer registers
         "full": Barriers(stages, copies),
@@ -191,6 +191,3 @@ def scratch(problem: Problem, plan: PrefillPlan) -> dict[str, Buffer | Union | B
         "signals": Barriers(3 * CONSUMERS),
         "query_empty": Barriers(CONSUMERS),
     }
-    if plan.has_swizzled_out:
-        parts["out_smem"] = swizzled(out, out_dtype)
-    return parts

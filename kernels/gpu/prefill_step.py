@@ -19,7 +19,7 @@ from ..core.variant import LOG2E
 from . import blocks
 from .blocks import WGMMA, pl, plgpu
 from .plan import WARPGROUP_ROWS
-from .prefill_cta import Cta
+from .prefill_cta import Cta, Work
 from .prefill_list import Item
 from .prefill_plan import CONSUMERS
 from .tile import Sharing, Tiles, clear_tail, empty_state
@@ -33,8 +33,7 @@ class Rows(NamedTuple):
     slope: Any  # of the head, or None
 
     @classmethod
-    def of(cls, cta: Cta, consumer: Any, index: Any) -> "Rows":
-        work = cta.work(index)
+    def of(cls, cta: Cta, consumer: Any, work: Work) -> "Rows":
         head, offset = cta.rows_of(consumer, work)
         slope = cta.inputs.slopes[head] if cta.problem.variant.has_alibi else None
         return cls(work.item, work.item.first_position + offset, slope)
@@ -47,12 +46,12 @@ class Carry(NamedTuple):
     weights: Any  # (WARPGROUP_ROWS, keys.rows) in the pools' dtype
 
 
-def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
-    """The state after all keys of an item; `steps` counts the tiles of all items before."""
+def attend(cta: Cta, consumer: Any, index: Any, work: Work, steps: Any) -> Carry:
+    """What all keys of an item give, but for the last values; `steps` counts the tiles of all items
+    before."""
     keys, values = cta.keys, cta.values
     matmul = partial(blocks.matmul, is_simulated=cta.is_simulated)
-    rows = Rows.of(cta, consumer, index)
-    item = rows.item
+    rows, item = Rows.of(cta, consumer, work), work.item
     keys.await_full(steps)
     query = cta.query(consumer)
     dots = matmul(query, keys.slots.at[keys.slot(steps)], is_transposed=True)
@@ -64,7 +63,8 @@ def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
 
     def masked(i: Any, carry: Carry) -> Carry:
         # read again, as few tiles have a mask
-        return _step(cta, consumer, Rows.of(cta, consumer, index), steps, i, carry, is_edge=True)
+        again = Rows.of(cta, consumer, cta.work(index))
+        return _step(cta, consumer, again, steps, i, carry, is_edge=True)
 
     def maskless(i: Any, carry: Carry) -> Carry:
         return _step(cta, consumer, rows, steps, i, carry, is_edge=False)
@@ -77,22 +77,31 @@ def attend(cta: Cta, consumer: Any, index: Any, steps: Any) -> softmax.State:
     if has_maskless and cta.problem.variant.left is not None:
         carry = lax.fori_loop(item.full_visits, item.num_visits, masked, carry)
     plgpu.barrier_arrive(cta.query_empty(consumer))
-    last = item.num_visits - 1
-    _await_value(cta, steps, last)
-    value_ref = values.slots.at[values.slot(steps + last)]
+    return carry
+
+
+def finish(cta: Cta, last: Any, item: Item, carry: Carry) -> softmax.State:
+    """The state after the values of the last tile of an item, that of step `last`."""
+    values, matmul = cta.values, partial(blocks.matmul, is_simulated=cta.is_simulated)
+    pl.when(item.num_visits > 1)(lambda: values.await_full(last))
+    value_ref = values.slots.at[values.slot(last)]
     acc = matmul(carry.weights, value_ref, carry.state.acc, is_transposed=False)
-    values.release(steps + last)
+    values.release(last)
     return carry.state._replace(acc=acc)
 
 
 def take_first_turn(cta: Cta, consumer: Any) -> None:
     """Before all items: the second consumer lets the first one begin."""
-    pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(cta.turn(cta.held(0))))
+    pl.when(consumer == 1)(partial(_give_turn, cta, cta.held(consumer)))
 
 
 def take_last_turn(cta: Cta, consumer: Any) -> None:
     """After all items: what was given is taken, for every completion has to be waited for."""
-    pl.when(consumer == 0)(lambda: plgpu.barrier_wait(cta.turn(cta.held(0))))
+    pl.when(consumer == 0)(lambda: plgpu.barrier_wait(cta.turn(cta.held(consumer))))
+
+
+def _give_turn(cta: Cta, consumer: Any) -> None:
+    plgpu.barrier_arrive(cta.turn(CONSUMERS - 1 - consumer))
 
 
 def _step(
@@ -106,7 +115,6 @@ def _step(
         keys.slots.at[keys.slot(key_step)],
         values.slots.at[values.slot(value_step)],
     )
-    give_turn = lambda: plgpu.barrier_arrive(cta.turn(CONSUMERS - 1 - consumer))
     await_value = partial(_await_value, cta, steps, i - 1)
     take_in = partial(_take_in, cta, rows, i, is_edge=is_edge)
     keys.await_full(key_step)
@@ -117,7 +125,7 @@ def _step(
         acc = blocks.matmul(
             carry.weights, value_ref, state.acc, is_transposed=False, is_simulated=True
         )
-        give_turn()
+        _give_turn(cta, consumer)
         keys.release(key_step)
         values.release(value_step)
         return take_in(state._replace(acc=acc), dots)
@@ -127,7 +135,7 @@ def _step(
         plgpu.wgmma(dots_ref, query, key_ref.transpose((1, 0)))
         await_value()
         plgpu.wgmma(acc_ref, carry.weights, value_ref)
-        give_turn()
+        _give_turn(cta, consumer)
         # each slot is free once its product is done, and both are before the softmax
         dots = lax.optimization_barrier(plgpu.wgmma_accumulator_load(dots_ref, wait_n=1))
         keys.release(key_step)
