@@ -31,7 +31,9 @@ STAGES = ((4, 4), (3, 4), (3, 3), (2, 3), (2, 2), (2, 1))
 MIN_TOKENS, MAX_MIN_TOKENS, MIN_TOKENS_TIMES_HEADS = 16, 64, 128
 MAX_IDS, MAX_WIDE_IDS = 4, 2  # block ids that a copying warp reads ahead, of few registers
 # A wider head is accumulated in up to 128 registers per thread.  Tiles are of 64 tokens then, so
-# that two fit, results leave in strips, and the consumers take what copies can do without.
+# that two fit (not of 80: a product over tokens takes multiples of 64), results leave in strips,
+# and the consumers take what copies can do without.  So it spills nothing and keeps the overlap of
+# narrower heads: both products of a step issued together, a loop without masks.
 MAX_NARROW = 128
 OUT_COLUMNS = (256, 192, 128, 64)  # of a strip
 # See plan.py: what all warpgroups hold must not pass what the launch gave.
