@@ -206,10 +206,10 @@ def test_donated_step_over_a_stack_copies_no_pool_on_h100(num_kv_heads, num_toke
 
 
 @pytest.mark.parametrize(
-    ("batch", "max_blocks", "window"),
-    [(64, 256, None), (128, 512, None), (256, 64, (100, 0)), (1, 8192, None)],
+    ("batch", "max_blocks", "window", "most"),
+    [(64, 256, None, 4), (128, 512, None, 5), (256, 64, (100, 0), 5), (1, 8192, None, 3)],
 )
-def test_a_decode_schedule_takes_five_launches(batch, max_blocks, window):
+def test_a_decode_schedule_takes_five_launches_at_most(batch, max_blocks, window, most):
     """Once per step, for all layers."""
     pool = jax.ShapeDtypeStruct((1 << 14, 16, 8, 128), jnp.bfloat16)
     int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
@@ -221,4 +221,4 @@ def test_a_decode_schedule_takes_five_launches(batch, max_blocks, window):
         )
 
     report = compiler.compile_for("H100", jax.jit(make_schedule), cache)
-    assert len(hlo.launches(report.compiled)) <= 5
+    assert len(hlo.launches(report.compiled)) <= most

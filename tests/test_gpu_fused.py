@@ -23,7 +23,7 @@ FORMS = {
     "mqa_window": ({"num_kv_heads": 1, "head_dim": 128}, 4, {"local_window_size": (20, 0)}, ()),
     "tiles_within_blocks": ({"num_kv_heads": 8, "head_dim": 80}, 1, {"logits_soft_cap": 2.5}, ()),
     "wide": ({"num_kv_heads": 1, "head_dim": 256}, 4, {"is_causal": False}, ()),
-    "two_groups_of_rows": ({"num_kv_heads": 66}, 1, {"local_window_size": 0}, ()),
+    "two_groups_of_rows": ({"num_kv_heads": 2}, 33, {"local_window_size": 0}, ()),
 }
 
 

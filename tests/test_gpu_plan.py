@@ -212,6 +212,21 @@ def test_append_says_what_it_does_not_support(changes, reason):
         raise NotImplementedError(text)
 
 
+@pytest.mark.parametrize("keys", GEOMETRIES, ids=str)
+def test_tokens_are_whole_where_no_two_tiles_have_rows_of_one(keys):
+    tiles = [{token for token, _ in rows_of(keys, i)} for i in range(num_tiles(keys, 2))]
+    shared = any(a & b for a, b in itertools.pairwise(tiles))
+    assert keys.has_whole_tokens == (not shared)
+
+
+@pytest.mark.parametrize(("heads", "is_fused"), [(8, True), (4, True), (5, False), (66, False)])
+def test_a_step_is_fused_where_one_cta_reads_the_new_token(heads, is_fused):
+    """One of several whose tiles have rows of the token would read it before it is there."""
+    asked = problem(num_query_heads=heads, num_kv_heads=heads, head_dim=64, block_size=32)
+    assert decode_plan.plan_of(asked) is not None
+    assert (decode_plan.plan_of(asked, appends=True) is not None) == is_fused
+
+
 @pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}")
 @pytest.mark.parametrize("num_sms", [114, 132])
 def test_plans_are_for_the_sms_of_the_device(monkeypatch, num_sms):

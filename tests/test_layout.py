@@ -103,6 +103,14 @@ def test_a_table_without_columns_holds_no_key():
     np.testing.assert_array_equal(lengths, [3, 0])
 
 
+@given(tables, st.lists(borders, min_size=BATCH, max_size=BATCH))
+def test_a_range_without_a_start_begins_at_the_first_key(table, stop):
+    sizes = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS}
+    arrays = int32(table), int32(range(7, 7 + BATCH))
+    lengths = [lengths_if_valid(*arrays, x, int32(stop), **sizes) for x in (None, int32(stop) * 0)]
+    np.testing.assert_array_equal(*lengths)
+
+
 def test_no_start_locations_stand_for_one_token_each():
     np.testing.assert_array_equal(layout.start_locations(None, 3), [0, 1, 2, 3])
     starts = int32([0, 2, 2, 5])

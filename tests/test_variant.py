@@ -54,6 +54,12 @@ def test_kv_range_of_no_key_is_empty_and_in_order(variant, queries):
     assert (start == stop) == (not any(keys_seen(variant, *queries)))
 
 
+@given(variants, st.integers(0, 20))
+def test_the_range_of_the_last_token_is_its_kv_range(variant, seq_length):
+    last = seq_length - 1
+    assert variant.range_of_last(seq_length) == variant.kv_range(last, last, seq_length)
+
+
 @given(variants, query_ranges())
 def test_full_range_is_what_every_query_sees(variant, queries):
     start, stop = variant.full_range(*queries)

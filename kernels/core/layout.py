@@ -68,26 +68,29 @@ def locate_slots(
 def lengths_if_valid(
     block_table: Array,
     seq_lengths: Array,
-    start: Array,
+    start: Array | None,
     stop: Array,
     *,
     block_size: int,
     num_blocks: int,
 ) -> Array:
     """`seq_lengths` (batch,), 0 where a table entry that covers keys [start, stop) names no block
-    of the pool.
+    of the pool; start None: 0.
 
-    One reduction and no quotients, so that a GPU does it in one launch.
+    One reduction, no quotients and little work per entry, so that a GPU does it in one launch.
     """
+    lengths = jnp.where(stop > block_table.shape[1] * block_size, 0, seq_lengths)
     if block_table.shape[1] == 0:
-        return jnp.where(stop > start, 0, seq_lengths)
+        return lengths
+    if start is not None:
+        stop = jnp.where(stop > start, stop, 0)
     first = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :] * block_size
-    start, stop = start[:, None], stop[:, None]
-    is_used = (first + block_size > start) & (first < stop) & (stop > start)
     # as an unsigned number a negative entry is past every pool too
     is_outside = jax.lax.bitcast_convert_type(block_table, jnp.uint32) >= num_blocks
-    is_bad = (is_used & is_outside) | (stop > block_table.shape[1] * block_size)
-    return jnp.min(jnp.where(is_bad, 0, seq_lengths[:, None]), axis=1)
+    is_bad = (first < stop[:, None]) & is_outside
+    if start is not None:
+        is_bad &= first > start[:, None] - block_size
+    return jnp.min(jnp.where(is_bad, 0, lengths[:, None]), axis=1)
 
 
 def as_layers(pool: Array, is_stacked: bool) -> Array:

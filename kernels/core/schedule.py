@@ -116,9 +116,13 @@ def make(
     made_for: MadeFor, block_table: Array, seq_lengths: Array, query_start_loc: Array | None
 ) -> Schedule:
     """The schedule of one step."""
-    counts = 1 if query_start_loc is None else query_start_loc[1:] - query_start_loc[:-1]
     variant = Variant(1.0, made_for.is_causal, made_for.window)
-    used = variant.kv_range(seq_lengths - counts, seq_lengths - 1, seq_lengths)
+    if query_start_loc is None:
+        start, stop = variant.range_of_last(seq_lengths)
+    else:
+        first = seq_lengths - (query_start_loc[1:] - query_start_loc[:-1])
+        start, stop = variant.kv_range(first, seq_lengths - 1, seq_lengths)
+    used = (None if variant.left is None else start), stop
     sizes = {"block_size": made_for.block_size, "num_blocks": made_for.num_blocks}
     lengths = layout.lengths_if_valid(block_table, seq_lengths, *used, **sizes)
     return Schedule(lengths, query_start_loc, made_for)
@@ -152,10 +156,8 @@ def tile_queries(
     num_tiles = num_query_tiles(num_tokens, batch, tile_tokens, schedule.made_for.is_packed)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
     if not schedule.made_for.is_packed:
-        last = lengths - 1
-        return QueryTiles(
-            tile, tile, jnp.ones_like(tile), last, lengths, *variant.kv_range(last, last, lengths)
-        )
+        seen = variant.range_of_last(lengths)
+        return QueryTiles(tile, tile, jnp.ones_like(tile), lengths - 1, lengths, *seen)
     starts, counts = schedule.query_start_loc, schedule.query_lengths
     ends = _tile_ends(counts, tile_tokens)
     sequence = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)

@@ -77,6 +77,11 @@ class Variant:
         stop = _where(last >= first, stop, 0)
         return start, _max(start, stop)
 
+    def range_of_last(self, seq_length: Any) -> tuple[Any, Any]:
+        """Keys [start, stop) that the last token of a sequence sees: `kv_range` in fewer steps."""
+        start = seq_length * 0 if self.left is None else _max(seq_length - 1 - self.left, 0)
+        return start, seq_length
+
     def full_range(self, first: Any, last: Any, seq_length: Any) -> tuple[Any, Any]:
         """Keys [start, stop) that every query in [first, last] sees: tiles inside need no mask."""
         start = last * 0 if self.left is None else _max(last - self.left, 0)

@@ -2,8 +2,8 @@
 
 The CTA that has the end of a sequence stores its new token, waits until it is there, and copies the
 blocks of that end only then: what is attended over is what it is after an append, to the bit.  No
-other CTA reads the slot, for other pieces of the sequence have other tiles, and no other row reads
-the block that a row appends to.
+other CTA reads the slot, for other pieces of the sequence have other tiles, each of whole tokens,
+and no other row reads the block that a row appends to.
 
 A row without tiles may have a slot nevertheless: where another entry of it is outside the pool.
 """

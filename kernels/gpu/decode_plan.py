@@ -115,6 +115,8 @@ def plan_of(
     line = Line.of(cache, is_simulated=is_simulated)
     if appends and line.keys.blocks_per_tile >= MANY_COPIES:
         return None  # too much for the producer's registers
+    if appends and not line.keys.has_whole_tokens:
+        return None  # a CTA would read its tile of a token that another one writes
     tile_bytes = line.keys.rows * (cache.token_bytes // cache.num_kv_heads)
     most = min(MAX_STAGES, max(2, RING_BYTES // (2 * tile_bytes)))
     candidates = (

@@ -84,6 +84,11 @@ class KeyTiles:
         return self.blocks_per_tile * self.block_rows == self.tiles_per_block * self.rows
 
     @property
+    def has_whole_tokens(self) -> bool:
+        """No token has rows in two tiles."""
+        return self.tiles_per_block == 1 or self.rows % self.num_heads == 0
+
+    @property
     def heads_repeat(self) -> bool:
         """Row r is of the same head in every tile, and what a thread has is of few of them."""
         is_power = self.num_heads & (self.num_heads - 1) == 0
