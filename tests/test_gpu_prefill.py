@@ -40,9 +40,9 @@ def assert_runs_prefill(problem):
     ("lengths", "counts", "sizes"),
     [
         ([150, 75], [70, 75], {"head_dim": 128}),
-        ([90, 140, 9], [60, 131, 1], {"head_dim": 64, "block_size": 32, "group": 1}),
+        ([90, 140, 9], [60, 131, 1], {"head_dim": 64, "block_size": 24, "group": 1}),
         ([70], [68], {"head_dim": 80, "block_size": 128, "group": 3}),
-        ([300], [66], {"head_dim": 192, "block_size": 256, "num_kv_heads": 2}),
+        ([300], [66], {"head_dim": 192, "block_size": 192, "num_kv_heads": 2}),
     ],
     ids=["two_heads", "one_head", "odd_group", "large_wide_block"],
 )

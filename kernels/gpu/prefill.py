@@ -46,7 +46,8 @@ def attend(
     """(out, lse), as `attention.attend`; `interpret`: None, or the interpreter's parameters."""
     cache = problem.cache
     work = step_work.prefill_tiles(plan.cut, problem.variant, arrays.schedule)
-    pool = (cache.num_layers * cache.num_blocks, *cache.pool_shape[2:])
+    slices = cache.num_layers * cache.num_blocks * plan.slices_per_block(cache.block_size)
+    pool = (slices, plan.keys.block_size, *cache.pool_shape[3:])
     query, slopes = arrays.query, arrays.alibi_slopes
     if slopes is None:
         slopes = jnp.zeros((problem.num_query_heads,), jnp.float32)

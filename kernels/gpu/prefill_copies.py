@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from .blocks import Ring, divide, pl, plgpu
+from .blocks import Ring, divide, pl, plgpu, remainder
 from .plan import WARPGROUP_ROWS
 from .prefill_cta import Cta, Work
 from .prefill_list import Item
@@ -54,7 +54,7 @@ def _stream(cta: Cta, pool_ref: Any, ring: Ring, part: Any, *, has_query: bool) 
                 after = Item(*map(either, item, following.item))
                 ids_after = ids_of(after, either(item.visited(i + 1), following.item.visited(0)))
             ring.await_empty(step)
-            _copy(cta, pool_ref, ring, part, step, visited, ids or ids_of(item, visited), head)
+            _copy(cta, pool_ref, ring, part, step, ids or ids_of(item, visited), head)
             return step + 1, ids_after
 
         steps, ids = lax.fori_loop(0, item.num_visits, tile, (steps, ids))
@@ -95,52 +95,40 @@ def _copy_query(cta: Cta, index: Any, work: Work) -> None:
 
 
 def _ids(cta: Cta, pool_ref: Any, part: Any, item: Item, tile: Any) -> tuple[Any, ...]:
-    """The blocks of this warp's part of a tile, in the pool of all layers.
+    """The slices of blocks of this warp's part of a tile, in the pool of all layers.
 
     One that no query can see is outside of the pool, which brings zeros: its table entry is no
     address.
     """
-    keys, count = cta.plan.keys, cta.plan.copies_per_warp
-    table_ref, first_block = cta.inputs.table, cta.inputs.layer[0] * cta.problem.cache.num_blocks
+    keys, count, cache = cta.plan.keys, cta.plan.copies_per_warp, cta.problem.cache
+    table_ref, first_block = cta.inputs.table, cta.inputs.layer[0] * cache.num_blocks
+    slices = cta.plan.slices_per_block(cache.block_size)
     # read within the row, also where there is nothing to see
     last = jnp.maximum(item.block_stop - 1, item.block_start)
 
-    def block(index: Any) -> Any:
-        entry = table_ref[item.sequence, jnp.clip(index, item.block_start, last)]
+    def slice_of(index: Any) -> Any:
+        read = jnp.clip(index, item.block_start, last)
+        block = first_block + table_ref[item.sequence, divide(read, slices)]
         is_seen = (index >= item.block_start) & (index < item.block_stop)
-        return jnp.where(is_seen, first_block + entry, pool_ref.shape[0])
+        return jnp.where(is_seen, block * slices + remainder(read, slices), pool_ref.shape[0])
 
-    if keys.tiles_per_block > 1:
-        return (block(divide(tile, keys.tiles_per_block)),)
     first = tile * keys.blocks_per_tile + part * count
-    return tuple(block(first + i) for i in range(count))
+    return tuple(slice_of(first + i) for i in range(count))
 
 
 def _copy(
-    cta: Cta,
-    pool_ref: Any,
-    ring: Ring,
-    part: Any,
-    step: Any,
-    tile: Any,
-    ids: tuple[Any, ...],
-    head: Any,
+    cta: Cta, pool_ref: Any, ring: Ring, part: Any, step: Any, ids: tuple[Any, ...], head: Any
 ) -> None:
-    """Starts one TMA copy for each of this warp's blocks of a tile."""
+    """Starts one TMA copy for each of this warp's slices of a tile."""
     keys, slot, full = cta.plan.keys, ring.slot(step), ring.full.at[ring.barrier(step)]
-    if keys.tiles_per_block > 1:
-        rows = pl.ds(keys.origin(tile)[1], keys.rows)
-        source = pool_ref.at[ids[0], rows, head]
-        plgpu.copy_gmem_to_smem(source, ring.slots.at[slot], full)
-        return
 
     def issue(which: int) -> None:  # its number is static, for a slice of a tile has to be
-        for i, block in enumerate(ids):
+        for i, index in enumerate(ids):
             start = (which * len(ids) + i) * keys.copy_rows
             target = ring.slots.at[slot]
             if keys.copy_rows < keys.rows:
                 target = ring.slots.at[slot, pl.ds(start, keys.copy_rows)]
-            plgpu.copy_gmem_to_smem(pool_ref.at[block, :, head], target, full)
+            plgpu.copy_gmem_to_smem(pool_ref.at[index, :, head], target, full)
 
     for which in range(cta.plan.copy_warps):
         pl.when(part == which)(partial(issue, which))

@@ -16,7 +16,7 @@ class Inputs(NamedTuple):
     """Refs in device memory."""
 
     query: Any  # (num_tokens up to a multiple of ROW_GROUP, num_query_heads, head_dim)
-    keys: Any  # (num_layers * num_blocks, block_size, num_kv_heads, head_dim)
+    keys: Any  # (slices of the blocks of all layers, tokens, num_kv_heads, head_dim)
     values: Any
     table: Any  # int32 (batch, max_blocks_per_seq)
     items: Any  # see TileList

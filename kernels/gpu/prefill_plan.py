@@ -45,7 +45,7 @@ CONSUMER_REGISTERS, WIDE_CONSUMER_REGISTERS = 232, 240
 class Cut:
     """What a list of query tiles depends on besides lengths: how queries and keys are cut."""
 
-    keys: KeyTiles  # of one head: a row is a token
+    keys: KeyTiles  # of one head: a row is a token; its blocks are slices of the cache's
     tile_tokens: int
     num_tokens: int  # packed, padding included
 
@@ -60,6 +60,8 @@ class Cut:
 class PrefillPlan:
     """Sizes of one prefill call.
 
+    Blocks of any size are read in slices that divide a tile: whole blocks of 16 or 128 tokens, of
+    48 slices of 16, of 40 or 72 slices of 8.
     An item is one tile of query tokens for some heads of one kv head: two heads, a consumer each,
     or one head and twice the tokens where a kv head has an odd number.
     """
@@ -79,6 +81,9 @@ class PrefillPlan:
     @property
     def keys(self) -> KeyTiles:
         return self.cut.keys
+
+    def slices_per_block(self, block_size: int) -> int:
+        return block_size // self.keys.block_size
 
     @property
     def tile_tokens(self) -> int:
@@ -107,12 +112,12 @@ def cut_of(
 ) -> Cut | None:
     """How prefill over such a cache is cut, None where another kernel takes it."""
     has_few = has_alibi or cache.head_dim > MAX_NARROW
-    keys = KeyTiles.of_rows(cache.block_size, 1, FEW_KEY_ROWS if has_few else KEY_ROWS)
+    rows = FEW_KEY_ROWS if has_few else KEY_ROWS
+    keys = KeyTiles.of_rows(gcd(cache.block_size, rows), 1, rows)
     is_supported = (
         cache.dtype in DTYPES
         and cache.head_dim in HEAD_DIMS
         and cache.block_size % 8 == 0
-        and keys.is_exact
         and num_tokens >= max(WARPGROUP_ROWS, _min_tokens(cache.num_kv_heads) * cache.batch)
     )
     if not is_supported:
