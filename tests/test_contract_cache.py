@@ -12,6 +12,8 @@ from poison import poisoned_cache
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SIZES = {
     "num_blocks": 8,
     "block_size": 4,

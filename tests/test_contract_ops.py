@@ -16,6 +16,8 @@ from ragged import cache_of, int32, slots_of
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 JIT = pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 
 

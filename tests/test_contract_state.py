@@ -14,6 +14,8 @@ from ragged import NUM_TOKENS, STARTS, cache_of, int32, slots_of
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 JIT = pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 
 

@@ -16,6 +16,8 @@ from tolerances import tolerance
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LENGTHS, STARTS, NUM_TOKENS = [9, 0, 3, 12], [0, 4, 4, 7, 8], 10
 SHAPE = (NUM_TOKENS, 6, 8)
 POOLS = ("key_pool", "value_pool")

@@ -14,6 +14,8 @@ from poison import poisoned_cache
 import paged_kv
 from paged_kv import interop
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TOKENS = 12
 STARTS = jnp.asarray([0, 1, 9, 9, 11], jnp.int32)
 

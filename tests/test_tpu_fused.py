@@ -17,6 +17,8 @@ import paged_kv
 from paged_kv.kernels.tpu import decode_append
 from paged_kv.kernels.tpu import decode_plan as plans
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BLOCK = 16
 EDGES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1)
 TILES = {"MAX_TILE_ROWS": 256, "STEP_ROWS": 256, "SMALL_STEP_ROWS": 256}

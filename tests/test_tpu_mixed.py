@@ -15,6 +15,8 @@ import paged_kv
 from paged_kv.kernels.tpu import decode_plan
 from tools.tpu_schedule import operands
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 PLAIN = {
     "kind": "mixed", "query_dtype": "bfloat16", "pool_dtype": "bfloat16", "scale": None,
     "is_causal": True, "local_window_size": None, "logits_soft_cap": None, "has_sinks": False,
