@@ -113,13 +113,13 @@ def _consume(cta: Cta, warpgroup: Any) -> None:
         consumer = lax.optimization_barrier(warpgroup)
         plgpu.barrier_wait(cta.query_full(consumer))
         keys = prefill_step.attend(cta, consumer, index, work, steps)
+        last = steps + work.item.num_visits - 1
         # read as the tensor core has the last product: kept through the loop over the keys, what a
         # result needs would take its registers
         work, following = cta.work(index), cta.work(index + 1)
-        steps = steps + work.item.num_visits
-        state = prefill_step.finish(cta, steps - 1, work.item, keys)
+        state = prefill_step.finish(cta, steps, last, keys)
         _store(cta, consumer, work, softmax.finish(blocks.ROWS, state))
-        return index + 1, steps, following
+        return index + 1, last + 1, following
 
     first = jnp.int32(0), jnp.int32(0), cta.work(jnp.int32(0))
     has_visits = lambda carry: carry[2].item.num_visits > 0

@@ -35,7 +35,8 @@ def produce(cta: Cta) -> None:
 def _stream(cta: Cta, pool_ref: Any, ring: Ring, part: Any, *, has_query: bool) -> None:
     """Every tile of one pool, or of each tile the part that is this warp's."""
     plan, count = cta.plan, cta.num_items
-    ids_of = partial(_ids, cta, pool_ref, part)
+    first_block = cta.inputs.layer[0] * cta.problem.cache.num_blocks
+    ids_of = partial(_ids, cta, pool_ref, part, first_block)
 
     def visit(index, carry):
         steps, work, ids = carry
@@ -47,6 +48,7 @@ def _stream(cta: Cta, pool_ref: Any, ring: Ring, part: Any, *, has_query: bool) 
         def tile(i, carry):
             step, ids = carry
             visited, ids_after = item.visited(i), ()
+            ids = ids or ids_of(item, visited)  # before the slot is free
             if plan.reads_ahead:
                 # as the copies of this tile wait for their slot
                 is_last = i + 1 >= item.num_visits
@@ -54,7 +56,7 @@ def _stream(cta: Cta, pool_ref: Any, ring: Ring, part: Any, *, has_query: bool) 
                 after = Item(*map(either, item, following.item))
                 ids_after = ids_of(after, either(item.visited(i + 1), following.item.visited(0)))
             ring.await_empty(step)
-            _copy(cta, pool_ref, ring, part, step, ids or ids_of(item, visited), head)
+            _copy(cta, pool_ref, ring, part, step, ids, head)
             return step + 1, ids_after
 
         steps, ids = lax.fori_loop(0, item.num_visits, tile, (steps, ids))
@@ -94,15 +96,16 @@ def _copy_query(cta: Cta, index: Any, work: Work) -> None:
         )
 
 
-def _ids(cta: Cta, pool_ref: Any, part: Any, item: Item, tile: Any) -> tuple[Any, ...]:
+def _ids(
+    cta: Cta, pool_ref: Any, part: Any, first_block: Any, item: Item, tile: Any
+) -> tuple[Any, ...]:
     """The slices of blocks of this warp's part of a tile, in the pool of all layers.
 
     One that no query can see is outside of the pool, which brings zeros: its table entry is no
     address.
     """
-    keys, count, cache = cta.plan.keys, cta.plan.copies_per_warp, cta.problem.cache
-    table_ref, first_block = cta.inputs.table, cta.inputs.layer[0] * cache.num_blocks
-    slices = cta.plan.slices_per_block(cache.block_size)
+    keys, count, table_ref = cta.plan.keys, cta.plan.copies_per_warp, cta.inputs.table
+    slices = cta.plan.slices_per_block(cta.problem.cache.block_size)
     # read within the row, also where there is nothing to see
     last = jnp.maximum(item.block_stop - 1, item.block_start)
 

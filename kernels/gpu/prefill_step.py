@@ -80,10 +80,10 @@ def attend(cta: Cta, consumer: Any, index: Any, work: Work, steps: Any) -> Carry
     return carry
 
 
-def finish(cta: Cta, last: Any, item: Item, carry: Carry) -> softmax.State:
-    """The state after the values of the last tile of an item, that of step `last`."""
+def finish(cta: Cta, steps: Any, last: Any, carry: Carry) -> softmax.State:
+    """The state after the values of the last tile of an item, whose steps are `steps` to `last`."""
     values, matmul = cta.values, partial(blocks.matmul, is_simulated=cta.is_simulated)
-    pl.when(item.num_visits > 1)(lambda: values.await_full(last))
+    _await_value(cta, steps, last - steps)
     value_ref = values.slots.at[values.slot(last)]
     acc = matmul(carry.weights, value_ref, carry.state.acc, is_transposed=False)
     values.release(last)
