@@ -9,6 +9,8 @@ import pytest
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NUM_BLOCKS, SIZE, BATCH, WIDTH = 12, 4, 4, 5
 int32 = lambda values: jnp.asarray(values, jnp.int32)
 device_allocate, device_free = jax.jit(paged_kv.device_allocate), jax.jit(paged_kv.device_free)

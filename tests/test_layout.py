@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paged_kv.kernels.core import layout
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BATCH, MAX_BLOCKS, BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 3, 4, 5, 9, 12
 

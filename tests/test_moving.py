@@ -11,6 +11,8 @@ import pytest
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NUM_BLOCKS, SIZE, BATCH, WIDTH = 20, 4, 4, 8
 int32 = lambda values: jnp.asarray(values, jnp.int32)
 

@@ -5,8 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import paged_kv
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NUM_BLOCKS, SIZE, WIDTH = 256, 8, 16
 TOKEN_BUCKETS, ROW_BUCKETS = (16, 128), (4, 16)

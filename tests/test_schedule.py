@@ -13,6 +13,8 @@ from paged_kv.kernels.core import schedule
 from paged_kv.kernels.core.problem import CacheShape
 from paged_kv.kernels.core.variant import Variant
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCH, MAX_BLOCKS, BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 3, 4, 5, 9, 12
 CACHE = CacheShape(1, NUM_BLOCKS, BLOCK_SIZE, 1, 8, "float32", BATCH, MAX_BLOCKS)
 VARIANTS = [

@@ -10,6 +10,8 @@ from tolerances import tolerance
 import paged_kv
 from paged_kv.kernels.core import softmax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS = softmax.Rows(
     reduce=lambda op, tile: op(tile, axis=1),
     expand=lambda row, shape: jnp.broadcast_to(row[:, None], shape),

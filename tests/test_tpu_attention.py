@@ -18,6 +18,8 @@ import paged_kv
 from paged_kv.kernels.tpu import blocks
 from paged_kv.kernels.tpu import plan as plans
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BLOCK_SIZES = [16, 32, 64, 128]
 FORMS = covering_forms(block_size=BLOCK_SIZES)
 PROBLEMS_PER_FORM = 8
