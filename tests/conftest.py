@@ -3,6 +3,7 @@
 Set JAX_PLATFORMS to run the tests marked `tpu` or `gpu` on a device.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -36,24 +37,23 @@ def _missing_compilers() -> list[str]:
 @functools.cache
 def _least_options() -> dict[str, int | bool]:
     """What makes XLA's CPU compiler do its least: half the time of an interpreted kernel's."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
     if jax.default_backend() != "cpu":
         return {}
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    of_some = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    return options | {name: value for name, value in of_some.items() if _is_option(name, value)}
+
+
+def _is_option(name: str, value: int | bool) -> bool:
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a compiler that has other options
-        return {}
-    return options
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """XLA at its least: for modules of many programs, each run once or twice on little."""
+@contextlib.contextmanager
+def _quick_compiles():
     # options of all programs at once have no public name
     from jax._src import compiler
 
@@ -65,6 +65,23 @@ def quick_compiles():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", make_quick)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """XLA at its least: for modules of many programs, each run once or twice on little.
+
+    Not where bits of NaN count: jax 0.10 then loses some of bfloat16.
+    """
+    with _quick_compiles():
+        yield
+
+
+@pytest.fixture
+def quick_compiles_here():
+    """The same, for one test of a module."""
+    with _quick_compiles():
         yield
 
 

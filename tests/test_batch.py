@@ -18,18 +18,18 @@ QUESTIONS = [
 ]
 
 
-def test_real_prompts_give_together_what_each_gives_with_a_dense_cache_and_one_gives_alone():
+def test_real_prompts_give_together_what_the_dense_model_gives_for_each():
     model = default_model()
     stops = model.text.stop_tokens
     prompts = [model.text.encode_chat(question) for question in QUESTIONS]
-    shape = Options(max_tokens=9, num_blocks=24)
-    together = generated(model, prompts, shape, stops)
-    assert together[1:2] == generated(model, prompts[1:2], shape, stops)
+    together = generated(model, prompts, Options(max_tokens=9, num_blocks=24), stops)
     dense = DenseLlama(model.config, model.weights)
     for prompt, tokens in zip(prompts, together, strict=True):
-        expected, margin = dense.greedy(prompt, 9, stops)
+        expected, margin = dense.greedy_along(prompt, tokens)
         assert margin > 0.01  # of logits: no tie that rounding could turn
         assert tokens == expected
+        assert stops.isdisjoint(tokens[:-1])
+        assert len(tokens) == 9 or tokens[-1] in stops
 
 
 @pytest.mark.slow
@@ -47,6 +47,7 @@ def test_the_kernels_give_the_real_models_first_tokens(implementation, dtype):
     assert generated(model, prompts, kernel) == expected
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 @pytest.mark.parametrize(
     ("implementation", "dtype"), [("mosaic_tpu", "float32"), ("mosaic_gpu", "bfloat16")]
 )
@@ -60,6 +61,7 @@ def test_the_kernels_give_the_first_tokens_of_the_reference(tiny_path, implement
     assert generated(model, prompts, kernel) == expected
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 @pytest.mark.parametrize("lengths", [[4, 9], [9, 20]])
 def test_a_ragged_batch_gives_what_the_definition_gives(tiny, monkeypatch, lengths):
     monkeypatch.setattr(batch, "PROMPT_BUCKETS", (16,))  # 9 and 20 tokens take two steps
@@ -67,8 +69,11 @@ def test_a_ragged_batch_gives_what_the_definition_gives(tiny, monkeypatch, lengt
     dense = DenseLlama(tiny.config, tiny.weights, np.float64)
     expected = [dense.greedy(prompt, SHAPE.max_tokens)[0] for prompt in prompts]
     assert generated(tiny, prompts, SHAPE) == expected
+    if lengths == [4, 9]:
+        assert generated(tiny, prompts[1:], SHAPE) == expected[1:]  # alone
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_a_temperature_draws_by_its_seed(tiny):
     def tokens(**draw):
         return generated(tiny, random_prompts([4, 9]), options(**draw))
@@ -116,6 +121,7 @@ def test_blocks_are_handed_out_as_sequences_grow_and_come_back(tiny, programs):
     assert (ragged.stats.prompt_tokens, ragged.stats.decode_tokens) == (13, 14)
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_blocks_of_a_finished_sequence_serve_another(tiny):
     prompts = random_prompts([7, 8])
     dense = DenseLlama(tiny.config, tiny.weights, np.float64)

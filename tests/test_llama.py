@@ -50,6 +50,7 @@ def packed(sequences, num_tokens):
     return jnp.asarray(tokens), jnp.asarray(counts), jnp.asarray(starts)
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_ragged_prompts_in_chunks_then_decode_match_the_definition(tiny):
     rng = np.random.default_rng(1)
     vocab = tiny.weights.embedding.shape[0]
@@ -81,6 +82,7 @@ def test_ragged_prompts_in_chunks_then_decode_match_the_definition(tiny):
     np.testing.assert_array_equal(cache.seq_lengths, np.array(lengths) + 3)
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_an_inactive_row_leaves_the_others_alone(tiny):
     tokens = jnp.array([5, 9, 7], jnp.int32)
     counts = jnp.array([1, 0, 1], jnp.int32)

@@ -61,6 +61,7 @@ def serve(model, arrivals, stop_tokens=frozenset(), **options):
     return server
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("is_caching", [False, True], ids=["unshared", "shared"])
 def test_every_request_gets_the_tokens_it_gets_alone(tiny, arrivals, alone, preemption, is_caching):
@@ -79,6 +80,7 @@ def test_every_request_gets_the_tokens_it_gets_alone(tiny, arrivals, alone, pree
     assert server.allocator.num_free_blocks == server.allocator.num_blocks
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_prefill_shrinks_by_the_shared_blocks_of_every_request_after_the_first(tiny):
     arrivals = workload.poisson_arrivals(0, 0.1, shared_prompts(8), 3)  # room for all that overlap
     off, on = (
@@ -93,6 +95,7 @@ def test_prefill_shrinks_by_the_shared_blocks_of_every_request_after_the_first(t
     assert on.outputs == off.outputs
 
 
+@pytest.mark.usefixtures("quick_compiles_here")
 def test_a_stop_token_ends_a_request(tiny, arrivals, alone):
     stop = alone[1][4]
     served = serve(tiny, arrivals[:1], {stop}).record.outputs[1]
