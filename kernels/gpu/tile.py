@@ -52,31 +52,32 @@ class Rows(NamedTuple):
     def score(self, problem: Problem, keys: KeyTiles, dots: Any, tile: Any, is_edge: bool) -> Any:
         """Masked scores of the dot products with a tile of keys, still without their `unit`."""
         variant, shape = problem.variant, dots.shape
+        has_positions = is_edge or not variant.is_linear
+        if not has_positions and keys.num_heads == 1 and keys.is_exact:
+            return dots
         per_row = lambda x: lax.broadcast_in_dim(x, shape, (0,))
         per_column = lambda x: lax.broadcast_in_dim(x, shape, (1,))
         token, first_row = keys.origin(tile)
         column = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=blocks.PER_COLUMN)
-        if is_edge or not (variant.is_linear and keys.heads_repeat):
+        if has_positions or not keys.heads_repeat:
             # held back here: what follows from it would leave the loop and stay in registers
             column = lax.optimization_barrier(column)
         row = column + first_row
-        query_position = per_row(self.query_position)
-        key_position = per_column(token + divide(row, keys.num_heads))
-        slope = None if self.slope is None else per_row(self.slope)
-        scores, mask = dots, -jnp.inf
-        if not variant.is_linear:
-            scores = variant.score(dots, query_position, key_position, slope, LOG2E)
-            mask = softmax.MASK
-        is_seen = []
+        scores, mask, is_seen = dots, -jnp.inf, []
+        if has_positions:  # not computed for nothing, for what no one reads may have any layout
+            query_position = per_row(self.query_position)
+            key_position = per_column(token + divide(row, keys.num_heads))
+            if not variant.is_linear:
+                slope = None if self.slope is None else per_row(self.slope)
+                scores = variant.score(dots, query_position, key_position, slope, LOG2E)
+                mask = softmax.MASK
+            if is_edge:
+                is_seen.append(variant.keep(query_position, key_position, self.seq_length))
         if keys.num_heads > 1:
             is_seen.append(per_row(self.kv_head) == per_column(remainder(row, keys.num_heads)))
         if not keys.is_exact:
             is_seen.append(per_column(row) < keys.blocks_per_tile * keys.block_rows)
-        if is_edge:
-            is_seen.append(variant.keep(query_position, key_position, self.seq_length))
-        if not is_seen:
-            return scores
-        return jnp.where(reduce(operator.and_, is_seen), scores, mask)
+        return jnp.where(reduce(operator.and_, is_seen), scores, mask) if is_seen else scores
 
 
 def empty_state(head_dim: int) -> softmax.State:
