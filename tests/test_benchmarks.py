@@ -17,6 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import baseline, cases, inputs, roofline, runner, timing
 from benchmarks.workload import Case
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parent.parent
 MI = 2**20
 
@@ -216,11 +218,18 @@ def _spoil(monkeypatch, name, spoil):
         (lambda out, lse: (out, jnp.maximum(lse, -9.0)), "lse is -inf for other queries"),
     ],
 )
-def test_the_gate_catches_a_wrong_result(monkeypatch, capsys, spoil, verdict):
+def test_the_gate_catches_a_wrong_result(monkeypatch, spoil, verdict):
     _spoil(monkeypatch, "paged_attention", spoil)
+    case = cases.find("ci_mha")
+    made = inputs.make_inputs(case, rotate_bytes=0)
+    assert runner.check(case, made, "xla", None).startswith(verdict)
+
+
+def test_a_wrong_result_has_no_time_and_ends_the_command_in_failure(monkeypatch, capsys):
+    _spoil(monkeypatch, "paged_attention", lambda out, lse: (out * 1.0001, lse))
     assert command.main(["ci_mha", "--implementation", "xla"]) == 1
     report = capsys.readouterr().out
-    assert f"wrong: {verdict}" in report and " us " not in report
+    assert "wrong: relative error 0.0001" in report and " us " not in report
 
 
 def test_the_gate_catches_a_write_too_many(monkeypatch):

@@ -19,10 +19,13 @@ from paged_kv.kernels.gpu import worklist
 
 pytestmark = [NEEDS_JAX, TIME_LIMIT]
 
-CONSTRAINTS = {"block_size": [8, 16, 24, 32, 64, 128], "pool_dtype": ["bfloat16", "float16"]}
+CONSTRAINTS = {
+    "block_size": [8, 16, 24, 32, 64, 128], "pool_dtype": ["bfloat16", "float16"],
+    "batch": [3, 5, 1],
+}  # fmt: skip
 TILE = "paged_kv.kernels.gpu.tile"
 FORMS = covering_forms(**CONSTRAINTS)
-PROBLEMS_PER_FORM = 7
+PROBLEMS_PER_FORM = 6
 
 
 def check(number, num_problems):
