@@ -17,6 +17,8 @@ import docstrings
 import public_names
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = [p for folder in ("paged_kv", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 TABLES = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("errors_*.py"))

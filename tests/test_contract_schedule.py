@@ -11,6 +11,8 @@ from tolerances import tolerance
 
 import paged_kv
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CLOSE = tolerance("reference float32")
 
 # --- layers

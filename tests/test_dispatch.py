@@ -9,6 +9,8 @@ from jax import export
 import paged_kv
 from paged_kv.kernels import gpu as gpu_kernels
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 needs_gpu_kernels = pytest.mark.skipif(
     gpu_kernels.unsupported_version() is not None, reason="the GPU kernels need jax >= 0.11.2"
 )
