@@ -14,6 +14,8 @@ from paged_kv.kernels.core.variant import Variant
 from paged_kv.kernels.gpu import plan, prefill_list, prefill_plan
 from paged_kv.kernels.gpu.prefill_list import Item
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCH, NUM_TOKENS = 3, 600
 CACHE = CacheShape(1, 64, 16, 2, 128, "bfloat16", BATCH, 32)
 VARIANTS = [

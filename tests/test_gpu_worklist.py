@@ -13,6 +13,8 @@ from paged_kv.kernels.core.variant import Variant
 from paged_kv.kernels.gpu import decode_plan, worklist
 from paged_kv.kernels.gpu.worklist import Stretch
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 VARIANTS = [Variant(1.0), Variant(1.0, window=(100, 0))]
 CACHES = [
     CacheShape(1, 4096, block_size, heads, head_dim, "bfloat16", 24, 512)
