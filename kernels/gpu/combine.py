@@ -158,9 +158,8 @@ def _join(inputs: Inputs, plan: Plan, smem: dict, rows: list, first: Any, count:
     state = jnp.float32(softmax.FLOOR), jnp.float32(0), spread(jnp.float32(0))
     states = lax.fori_loop(0, rounds, several, [state] * len(rows))
     if plan.warpgroups > 1:
-        smem["m_smem"][warpgroup], smem["l_smem"][warpgroup], smem["acc_smem"][warpgroup] = states[
-            0
-        ]
+        for name, value in zip(("m_smem", "l_smem", "acc_smem"), states[0], strict=True):
+            smem[name][warpgroup] = value
         _meet(smem)
     return states
 
