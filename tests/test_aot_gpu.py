@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 import steps
+from gpu_interpreter import NEEDS_JAX
 from pairwise import pairwise_rows
 
 import paged_kv
 from paged_kv.kernels.core.problem import CacheShape, Problem
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import decode_plan, plan, prefill_plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, plan, prefill_plan
 from tools.gpu_compile import compiler
 from tools.gpu_compile.__main__ import compile_case
 
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}"),
+    NEEDS_JAX,
     pytest.mark.skipif(compiler.missing() is not None, reason=f"{compiler.missing()}"),
 ]
 

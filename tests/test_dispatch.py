@@ -4,16 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import NEEDS_JAX
 from jax import export
 
 import paged_kv
 from paged_kv.kernels import gpu as gpu_kernels
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-needs_gpu_kernels = pytest.mark.skipif(
-    gpu_kernels.unsupported_version() is not None, reason="the GPU kernels need jax >= 0.11.2"
-)
 
 
 def _cache():
@@ -64,7 +61,7 @@ def test_a_program_lowered_for_tpu_without_one_holds_the_kernels():
     assert text.count("tpu_custom_call") >= 2
 
 
-@needs_gpu_kernels
+@NEEDS_JAX
 def test_a_program_lowered_for_gpu_without_one_holds_the_kernels():
     traced = jax.jit(lambda query, cache: _step(query, cache)).trace(_query(), _cache())
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

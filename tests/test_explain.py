@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import NEEDS_JAX
 
 import paged_kv
 from benchmarks import cases
@@ -15,10 +16,7 @@ from tools.explain import __main__ as program
 from tools.explain import explained
 from tools.explain.explained import Unsupported, Visits, Worker
 
-needs_gpu_kernels = pytest.mark.skipif(
-    unsupported_version() is not None, reason=str(unsupported_version())
-)
-CHIPS = [("tpu", "v6e"), ("tpu", "v5e"), pytest.param("gpu", "h100", marks=needs_gpu_kernels)]
+CHIPS = [("tpu", "v6e"), ("tpu", "v5e"), pytest.param("gpu", "h100", marks=NEEDS_JAX)]
 KERNELS = {
     "8b_b1_4k": {"tpu": "decode", "gpu": "decode"},
     "8b_b64_512": {"tpu": "decode", "gpu": "decode"},
@@ -127,7 +125,7 @@ def test_the_problem_is_the_one_that_the_op_asks(name):
 
 
 @pytest.mark.parametrize(
-    ("backend", "chip"), [("tpu", "v6e"), pytest.param("gpu", "h100", marks=needs_gpu_kernels)]
+    ("backend", "chip"), [("tpu", "v6e"), pytest.param("gpu", "h100", marks=NEEDS_JAX)]
 )
 def test_an_append_writes_every_new_token(backend, chip):
     append, attention = program.explain(cases.find("8b_prefill_1x4k_fused"), backend, chip)
@@ -186,7 +184,7 @@ def test_the_command_prints_problem_plan_scratch_work_and_roofline(capsys):
         pytest.param(
             ["ci_mha", "--backend", "gpu"],
             "explain: mosaic_gpu: pools of float32 are none of bfloat16",
-            marks=needs_gpu_kernels,
+            marks=NEEDS_JAX,
         ),
     ],
 )
@@ -204,7 +202,7 @@ def test_an_old_jax_is_said(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "chip"), [("tpu", "v6e"), pytest.param("gpu", "h100", marks=needs_gpu_kernels)]
+    ("backend", "chip"), [("tpu", "v6e"), pytest.param("gpu", "h100", marks=NEEDS_JAX)]
 )
 def test_every_case_can_be_explained(backend, chip):
     for case in cases.CASES.values():

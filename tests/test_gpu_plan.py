@@ -6,11 +6,12 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import NEEDS_JAX
 
 from paged_kv.kernels.core.problem import AppendProblem, CacheShape, Problem
 from paged_kv.kernels.core.schedule import QueryTiles
 from paged_kv.kernels.core.variant import Variant
-from paged_kv.kernels.gpu import decode_plan, device, plan, unsupported_version
+from paged_kv.kernels.gpu import decode_plan, device, plan
 from paged_kv.kernels.gpu.plan import KeyTiles
 
 GEOMETRIES = [
@@ -189,7 +190,7 @@ def test_attention_says_what_it_does_not_support(changes, reason):
         raise NotImplementedError(text)
 
 
-@pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}")
+@NEEDS_JAX
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -227,7 +228,7 @@ def test_a_step_is_fused_where_one_cta_reads_the_new_token(heads, is_fused):
     assert (decode_plan.plan_of(asked, appends=True) is not None) == is_fused
 
 
-@pytest.mark.skipif(unsupported_version() is not None, reason=f"{unsupported_version()}")
+@NEEDS_JAX
 @pytest.mark.parametrize("num_sms", [114, 132])
 def test_plans_are_for_the_sms_of_the_device(monkeypatch, num_sms):
     """An H100 has 132 of them, as a card for PCIe 114."""

@@ -131,13 +131,13 @@ def table_columns(problem: Problem) -> int:
 
 def first_column(problem: Problem, lengths: Any) -> Any:
     """Of those blocks, which may be fewer than the table's columns."""
-    start, _ = problem.variant.kv_range(lengths - 1, lengths - 1, lengths)
+    start, _ = problem.variant.range_of_last(lengths)
     return start // problem.cache.block_size
 
 
 def seen(problem: Problem, lengths: Any) -> tuple[Any, Any]:
     """Keys [start, stop) that each sequence's last token sees, counted from the first column."""
-    start, stop = problem.variant.kv_range(lengths - 1, lengths - 1, lengths)
+    start, stop = problem.variant.range_of_last(lengths)
     if table_columns(problem) == problem.cache.max_blocks_per_seq:
         return start, stop
     before = first_column(problem, lengths) * problem.cache.block_size
